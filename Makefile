@@ -1,0 +1,62 @@
+# Two commands matter: "make run" and "make test". "make help" lists the others.
+
+PORT ?= 8443
+ROOT ?= ./uploads
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Importing twisted.web.static uses classes that Twisted itself deprecates (setup.cfg says it to pytest).
+TWISTED_WARNS := ignore:twisted.web.resource._Unsafe:DeprecationWarning
+PIP := PIP_USER=0 $(BIN)/python -m pip -qq --disable-pip-version-check
+
+# A virtual environment holds its own absolute path. The stamps carry that path in
+# their names, so a folder that was moved or copied gets a new environment.
+HERE := $(subst /,+,$(CURDIR))
+INSTALLED := $(VENV)/.installed$(HERE)
+INSTALLED_TEST := $(VENV)/.installed-test$(HERE)
+
+.DEFAULT_GOAL := help
+.PHONY: help run test quick lint clean
+.NOTPARALLEL:
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*  ## /  make \1	/p' $(MAKEFILE_LIST)
+
+run: $(INSTALLED)  ## serve uploads over HTTPS; PORT=8443 ROOT=./uploads
+	@exec $(BIN)/lwstwisted serve --root "$(ROOT)" --port "$(PORT)"
+
+test: $(INSTALLED_TEST) lint  ## linter, type checks and all tests, by pytest and by trial
+	@tests/install-apt.sh
+	$(BIN)/python -m pytest
+	$(BIN)/python -W error -W "$(TWISTED_WARNS)" -m twisted.trial --reactor=lws tests
+
+quick: $(INSTALLED_TEST)  ## the fast tests only, up to the first failure
+	$(BIN)/python -m pytest -q -x -m "not slow"
+
+lint: $(INSTALLED_TEST)  ## linter and type checks
+	$(BIN)/ruff check .
+	$(BIN)/mypy lwstwisted twisted/plugins/lwstwisted_plugin.py
+
+clean:  ## remove all that was made, but no uploads
+	rm -rf $(VENV) build dist *.egg-info _trial_temp* .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -f twisted/plugins/dropin.cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The last line of the recipe refreshes Twisted's plugin cache, so that no old one is trusted.
+$(INSTALLED): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed: apt-get install python3, or make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv"; exit 1; }
+	@echo "installing into $(VENV) ..."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) install --editable .
+	@rm -f twisted/plugins/dropin.cache
+	@$(BIN)/python -c 'from twisted.plugin import IPlugin, getPlugins; list(getPlugins(IPlugin))'
+	@touch $@
+
+$(INSTALLED_TEST): $(INSTALLED)
+	@echo "installing what the tests need into $(VENV) ..."
+	@$(PIP) install --editable '.[test]'
+	@touch $@
