@@ -1,0 +1,127 @@
+"""Every refusal that a client can see, declared once: code, status, sentence.
+
+A module that must refuse raises ``Refused(errors.SOMETHING)``. Only the channel
+turns one into bytes (``web/channel.py``); anything else that escapes is a bug of
+ours, answered by 500 and logged with its traceback.
+
+The *code* is stable and meant for logs and metrics; the *sentence* is the body of
+the answer and says what to do. Whose fault it is follows from the status, as in
+RFC 9110 section 15: 4xx the client's, 5xx ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One way to say no.
+
+    :ivar code: stable identifier, ``snake_case``.
+    :ivar status: HTTP status code.
+    :ivar sentence: one sentence for a person, without a line break.
+    """
+
+    code: str
+    status: int
+    sentence: str
+
+    @property
+    def is_clients_fault(self) -> bool:
+        """Whether the client can mend it (4xx)."""
+        return self.status < 500
+
+
+class Refused(Exception):
+    """Raised to answer the current request with a refusal.
+
+    :param refusal: the declared refusal.
+    :param headers: further response fields, such as ``Allow`` for 405.
+    """
+
+    def __init__(self, refusal: Refusal, headers: Mapping[bytes, bytes] = MappingProxyType({})) -> None:
+        super().__init__(refusal.code)
+        self.refusal = refusal
+        self.headers = headers
+
+
+class BodyCut(Exception):
+    """The request body will never be whole: its client left, or had its answer before the end."""
+
+
+class BodyStopped(Exception):
+    """The consumer of a request body called ``stopProducing()`` before the end of the body."""
+
+
+# Framing (RFC 9112). The connection is closed after each of these.
+BAD_REQUEST_LINE = Refusal(
+    "bad_request_line", 400, "The request line must be: method, one space, target, one space, HTTP/1.1."
+)
+BAD_BYTES = Refusal(
+    "bad_bytes", 400, "The request head has a control character, a bare CR or LF, or a folded line."
+)
+BAD_HEADER = Refusal("bad_header", 400, "A header line is not a valid field name, a colon and a value.")
+BAD_HOST = Refusal("bad_host", 400, "Send exactly one valid Host header.")
+BAD_LENGTH = Refusal("bad_length", 400, "Send at most one Content-Length, a plain decimal number.")
+LENGTH_AND_CODING = Refusal(
+    "length_and_coding", 400, "Send Content-Length or Transfer-Encoding, not both."
+)
+BAD_CODING = Refusal(
+    "bad_coding", 400, "The only supported transfer coding is one 'Transfer-Encoding: chunked' in HTTP/1.1."
+)
+BAD_CHUNK = Refusal("bad_chunk", 400, "The chunked body is malformed.")
+TARGET_TOO_LONG = Refusal("target_too_long", 414, "The request target is too long; shorten the name or the query.")
+HEAD_TOO_LARGE = Refusal("head_too_large", 431, "The request head is too large; send fewer or shorter header lines.")
+TRAILERS_TOO_LARGE = Refusal("trailers_too_large", 431, "The trailers of the chunked body are too large.")
+UNKNOWN_METHOD = Refusal("unknown_method", 501, "This server does not know the request method.")
+BAD_VERSION = Refusal("bad_version", 505, "This server speaks HTTP/1.1 and HTTP/1.0 only.")
+UNKNOWN_EXPECTATION = Refusal(
+    "unknown_expectation", 417, "The only supported expectation is 'Expect: 100-continue'."
+)
+HEAD_TIMEOUT = Refusal("head_timeout", 408, "The request head did not arrive in time.")
+BODY_TIMEOUT = Refusal("body_timeout", 408, "The request body stopped arriving.")
+
+BAD_FORM = Refusal("bad_form", 400, "The form in the request body is malformed.")
+
+# Uploads.
+LENGTH_REQUIRED = Refusal(
+    "length_required", 411, "Send Content-Length or 'Transfer-Encoding: chunked' with an upload."
+)
+BODY_TOO_LARGE = Refusal("body_too_large", 413, "The upload is larger than this server accepts.")
+METHOD_NOT_ALLOWED = Refusal("method_not_allowed", 405, "This resource does not support the request method.")
+CONTENT_ENCODING = Refusal(
+    "content_encoding", 415, "Send the file without Content-Encoding; this server stores bytes as they are."
+)
+CONTENT_RANGE = Refusal(
+    "content_range", 400, "A PUT replaces the whole file; do not send Content-Range with it (RFC 9110 section 14.5)."
+)
+
+# Names.
+NAME_EMPTY = Refusal("name_empty", 400, "The path has an empty segment; name a file, without double slashes.")
+NAME_DOTS = Refusal("name_dots", 400, "The path has a '.' or '..' segment; send the path you mean.")
+NAME_ENCODING = Refusal(
+    "name_encoding", 400, "The path must be UTF-8, percent-encoded once, without encoded slashes or backslashes."
+)
+NAME_CONTROL = Refusal("name_control", 400, "The path has a NUL or another control character.")
+NAME_TOO_LONG = Refusal(
+    "name_too_long", 400, "A path segment is longer than 255 bytes, or the path longer than 4095."
+)
+NAME_RESERVED = Refusal("name_reserved", 400, "This name is the store's own; choose another.")
+
+# Store.
+NOT_FOUND = Refusal("not_found", 404, "There is no such file.")
+IS_FOLDER = Refusal("is_folder", 409, "There is a folder with this name; choose another name.")
+NOT_A_FOLDER = Refusal(
+    "not_a_folder", 409, "A part of the path is a file, not a folder; choose another path."
+)
+NOT_A_FILE = Refusal("not_a_file", 403, "This name is a symbolic link or a special file, which is not served.")
+OTHER_FILE_SYSTEM = Refusal(
+    "other_file_system", 409, "A part of the path is another file system mounted there; choose another path."
+)
+DISK_FULL = Refusal("disk_full", 507, "There is not enough space on the server for this upload.")
+STORE_FAILED = Refusal("store_failed", 500, "The server could not store or read the file; try again later.")
+INTERNAL = Refusal("internal", 500, "The server failed in an unforeseen way; it has been logged.")
+STOPPING = Refusal("stopping", 503, "The server is stopping; try again in a moment.")

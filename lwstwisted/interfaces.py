@@ -1,0 +1,167 @@
+"""What each floor promises the next.
+
+zope interfaces are asked at run time (``providedBy``): where a party offers one,
+it is used; where it does not, the old path works. The ``typing.Protocol`` classes
+are the seams inside the project that one composition root ties together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from twisted.internet.interfaces import IPushProducer
+from twisted.web.resource import IResource
+from zope.interface import Attribute, Interface
+
+# mypy-zope knows a method of an interface by its missing self.
+# mypy: disable-error-code="no-untyped-def, misc"
+
+
+class IPendingReads(Interface):
+    """A reactor that keeps the list of readers whose input the kernel cannot announce."""
+
+    def addPending(reader):
+        """Have ``reader.doRead()`` called in the next turn, although its descriptor may be silent.
+
+        Only the code that reads calls this, and only when its last read succeeded and it
+        stopped for its budget or for a pause that is over.
+        """
+
+    def removePending(reader):
+        """Forget the mark of ``reader``; nothing happens where there is none."""
+
+
+class IFakePollin(Interface):
+    """The optional hook of an event loop that drives itself."""
+
+    def fake_pollin(readers) -> bool:
+        """Treat each of the ``readers`` as readable, although the kernel says nothing.
+
+        :param readers: a list of ``IReadDescriptor`` providers.
+        :returns: True when the loop will run them in its next turn; False when it will
+            not, and the default path has to.
+        """
+
+
+class IBufferReceiver(Interface):
+    """A protocol or consumer that takes bytes without a copy of its own."""
+
+    def bufferReceived(view):
+        """Take input.
+
+        :param view: a ``memoryview`` of bytes, good inside this call only.
+        """
+
+
+class IRequestBody(IPushProducer):
+    """The body of a request while it arrives: a push producer of its bytes."""
+
+    length = Attribute("Announced length in bytes, or None where the body is chunked.")
+
+    def deliver_to(consumer):
+        """Accept the body: ``100 Continue`` is sent if the client waits for it, and the bytes flow.
+
+        :param consumer: an ``IConsumer``; one that provides :class:`IBufferReceiver` gets
+            memoryviews, any other one ``bytes`` through ``write``.
+        :returns: a Deferred that fires with None at the end of a whole body. It fails with
+            :class:`~lwstwisted.errors.BodyCut` when the client left, with
+            :class:`~lwstwisted.errors.Refused` when it broke the framing or stalled, and with
+            :class:`~lwstwisted.errors.BodyStopped` when the consumer stopped it.
+        """
+
+
+class IStreamingResource(IResource):
+    """A resource that is asked when the headers are complete and gets the body as it arrives."""
+
+    def receive(request, body):
+        """Take a request. The response is made on ``request`` as ever.
+
+        Nothing of the body is spent before ``body.deliver_to()``: until then the resource may
+        refuse by raising :class:`~lwstwisted.errors.Refused`, now or later.
+
+        :param request: a ``twisted.web.server.Request``; its ``content`` is empty.
+        :param body: an :class:`IRequestBody`.
+        :returns: a coroutine or Deferred. What it fails with is answered by the channel.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name in a folder.
+
+    :ivar name: the last segment, as text.
+    :ivar is_folder: True for a folder, False for a regular file.
+    :ivar size: bytes; 0 for a folder.
+    :ivar modified: seconds since the epoch, as the file system has them.
+    """
+
+    name: str
+    is_folder: bool
+    size: int
+    modified: float
+
+
+Name = tuple[str, ...]
+"""A checked path beneath a store's root: its segments (see ``stores/names.py``); () is the root."""
+
+
+class PartialFile(Protocol):
+    """A file that is being written, under no name yet. One call at a time."""
+
+    async def append(self, data: memoryview) -> None:
+        """Write ``data`` behind what was written; the memory may be reused afterwards.
+
+        :raises Refused: ``DISK_FULL`` or ``STORE_FAILED``; the file is then good for
+            :meth:`discard` only.
+        """
+
+    async def commit(self, data: memoryview) -> bool:
+        """Append ``data``, make the file durable and give it its name, which becomes visible whole.
+
+        :returns: True if the name is new, False if it replaced another file.
+        :raises Refused: as :meth:`append`, or because the name turned into something that
+            cannot be replaced. A new name is not visible then; a replaced file may be, whole, if
+            all that failed was making the replacement durable.
+        """
+
+    async def discard(self) -> None:
+        """Forget the file; nothing of it is left. Harmless after :meth:`commit` and when repeated."""
+
+
+class Store(Protocol):
+    """Where finished uploads live. All names are checked (:data:`Name`).
+
+    Beside what a method names, any of them may raise ``STORE_FAILED``, ``STOPPING``, and refusals of
+    what lies on the way to the name: ``NOT_A_FILE`` (a link), ``NAME_TOO_LONG``, ``OTHER_FILE_SYSTEM``.
+    """
+
+    async def create(self, name: Name, length: int | None) -> PartialFile:
+        """Begin a file.
+
+        :param name: where it will be; folders are made when it is committed, not before.
+        :param length: announced bytes, or None.
+        :raises Refused: if it could not become visible there, or there is no space for it.
+        """
+
+    async def open_file(self, name: Name) -> int:
+        """Open a finished file for reading.
+
+        :returns: a descriptor, which the caller closes.
+        :raises Refused: ``NOT_FOUND``, ``IS_FOLDER``, ``NOT_A_FILE``.
+        """
+
+    async def list_folder(self, name: Name) -> list[Entry]:
+        """What is in a folder, sorted by name, without what is not served.
+
+        :raises Refused: ``NOT_FOUND``, ``NOT_A_FOLDER``.
+        """
+
+    async def delete(self, name: Name) -> None:
+        """Remove a finished file, durably.
+
+        :raises Refused: ``NOT_FOUND``, ``IS_FOLDER``, ``NOT_A_FILE``.
+        """
+
+    async def stop(self) -> None:
+        """Finish what is under way and give back threads and descriptors."""
