@@ -1,0 +1,570 @@
+"""The protocol of one HTTP connection: it pumps between transport, wire and twisted.web.
+
+**One request at a time.** The wire is asked for the next request when the response to the last one is
+complete. What a client sends ahead stays in the wire, and when that holds more than :data:`READ_AHEAD`,
+the transport is paused.
+
+**The resource is found when the headers are complete.** One that provides
+:class:`~lwstwisted.interfaces.IStreamingResource` is asked at once and may refuse before a byte of the
+body (and before ``100 Continue``) is spent. For any other resource the body is spooled into
+``request.content`` and the request is processed as ever.
+
+**Pausing.** Three parties may close the valve: the consumer of the body ("consumer"), the wire when it holds
+too much ("buffered"), and the transport while the client does not read its answers ("unread"). Only the
+first reason and the last one touch the transport. On resume the wire is drained first, which may pause
+again, and only then is the transport resumed; so the order of the bytes is the order of the buffers.
+
+**An answer before the end of the body.** If the rest of the body has arrived already, it is thrown away and
+the connection goes on. Otherwise the answer says ``Connection: close``, and the client gets time to read it:
+up to :data:`LINGER_BYTES` are thrown away, and the connection is closed when the client closes or after
+:data:`LINGER_TIME`. Closed at once, the kernel would answer the unread bytes with a reset, and a client may
+drop an answer that it has not read yet.
+
+**Writing.** The channel is the transport's only producer; a resource's producer is paused and resumed through it.
+A long answer is given to the transport slice by slice, so that a client which reads slowly is told from one which
+does not read at all.
+
+**Deadlines.** One timer for each connection, with one meaning at a time. The client's clock stops while we
+are the ones who pause.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from io import BytesIO
+from typing import Any, cast
+from urllib.parse import unquote_to_bytes
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import (
+    IConsumer,
+    IPushProducer,
+    ISSLTransport,
+    ITCPTransport,
+)
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.http import RESPONSES, datetimeToString, parse_qs
+from twisted.web.http_headers import Headers
+from twisted.web.server import Request
+from twisted.web.server import version as server_version
+from zope.interface import implementer
+
+from lwstwisted import errors
+from lwstwisted.errors import BodyCut, BodyStopped, Refusal, Refused
+from lwstwisted.flow import Valve
+from lwstwisted.interfaces import IBufferReceiver, IStreamingResource
+from lwstwisted.web.body import RequestBody, Spool
+from lwstwisted.web.deadline import Deadline
+from lwstwisted.web.wire import End, Head, Signal, State, Wire
+
+READ_AHEAD = 64 * 1024
+"""Bytes that the wire may hold while nobody takes them: more than any head, and a small upload whole."""
+IDLE_TIME = 75.0
+"""Seconds that a connection may be idle between requests (nginx' keepalive_timeout)."""
+HEAD_TIME = 10.0
+"""Seconds for a whole head, from its first byte; a byte now and then does not extend it."""
+BODY_TIME = 60.0
+"""Seconds without a byte of the body, while we want one (nginx' client_body_timeout)."""
+UNREAD_TIME = 30.0
+"""Seconds in which a client reads nothing of its answer before it is cut."""
+ANSWER_SLICE = 64 * 1024
+"""Bytes of an answer given to the transport at once; what is behind them waits for the client to read."""
+LINGER_TIME = 2.0
+"""Seconds for reading an early answer."""
+LINGER_BYTES = 64 * 1024
+"""Bytes of a body thrown away after an early answer."""
+CLOSE_TIME = 10.0
+"""Seconds from the decision to close until the connection is aborted: a TLS peer may never say goodbye."""
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_log = Logger()
+
+
+class _Life(enum.Enum):
+    """What a connection is doing."""
+
+    OPEN = enum.auto()
+    LINGERING = enum.auto()
+    CLOSING = enum.auto()
+    LOST = enum.auto()
+
+
+def answer_refusal(request: Request, refused: Refused) -> None:
+    """Make a refusal the response to ``request``. One that has begun is cut, so that it can't pass for whole."""
+    if request.startedWriting:
+        request.channel.forceAbortClient()
+        return
+    refusal = refused.refusal
+    sentence = refusal.sentence.encode() + b"\n"
+    request.setResponseCode(refusal.status, RESPONSES.get(refusal.status, b"Refused"))
+    request.setHeader(b"Content-Type", b"text/plain; charset=utf-8")
+    request.setHeader(b"Content-Length", b"%d" % len(sentence))
+    request.setHeader(b"X-Content-Type-Options", b"nosniff")
+    for name, value in refused.headers.items():
+        request.setHeader(name, value)
+    request.write(sentence)
+    request.finish()
+
+
+def refusal_for(reason: Failure) -> Refused:
+    """What to answer to a failure; one that is nobody's declared refusal is ours, and is logged."""
+    if isinstance(reason.value, Refused):
+        return reason.value
+    if not isinstance(reason.value, (BodyCut, BodyStopped)):
+        _log.failure("a request failed in an unforeseen way", failure=reason)
+    return Refused(errors.INTERNAL)
+
+
+@implementer(IBufferReceiver, IPushProducer)
+class StreamingChannel(Protocol):
+    """One HTTP/1.1 connection of a :class:`~lwstwisted.web.site.StreamingSite`.
+
+    Towards ``twisted.web.server.Request`` it is the channel that ``HTTPChannel`` is under a stock ``Site``.
+    """
+
+    factory: Any  # the StreamingSite, one floor up
+    site: Any  # the same, by the name that Request knows
+    requestFactory: Any = Request
+
+    def connectionMade(self) -> None:
+        """See ``Protocol``."""
+        self._below = cast(Any, self.transport)
+        self._wire = Wire()
+        self._life = _Life.OPEN
+        self._request: Request | None = None
+        self._body: RequestBody | None = None
+        self._keep_alive = True
+        self._pumping = False
+        self._lingered = 0
+        self._producer: Any = None
+        self._is_pulled = False  # the resource's producer is asked for each piece
+        self._is_producer_paused = False
+        self._is_full = False  # the transport takes nothing until the client has read
+        self._awaits_client = False  # the deadline is the client's, for reading
+        self._unsent: deque[memoryview] = deque()
+        self._valve = Valve(self._below.pauseProducing, self._below.resumeProducing)
+        self._deadline = Deadline(self.factory.reactor)
+        self.factory.channels.add(self)
+        if ITCPTransport.providedBy(self._below):
+            self._below.setTcpNoDelay(True)
+        self._below.registerProducer(self, True)
+        self._deadline.set(IDLE_TIME, self._close)
+
+    # Bytes
+
+    def dataReceived(self, data: bytes) -> None:
+        """See ``IProtocol``."""
+        self.bufferReceived(memoryview(data))
+
+    def bufferReceived(self, view: memoryview) -> None:
+        """See :class:`~lwstwisted.interfaces.IBufferReceiver`."""
+        if self._life is _Life.OPEN:
+            self._wire.receive(view)
+            self.pump()
+            self._wire.keep()
+        elif self._life is _Life.LINGERING:
+            self._lingered += len(view)
+            if self._lingered > LINGER_BYTES:
+                self._valve.close("lingered")
+
+    def pump(self) -> None:
+        """Pull events while somebody wants them; then let the transport read, or not."""
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while self._wants_event():
+                if not self._dispatch(self._wire.next_event()):
+                    break
+        except Refused as refused:
+            self._refuse(refused)
+        finally:
+            self._pumping = False
+        if self._life is _Life.OPEN:
+            self._settle()
+
+    def _wants_event(self) -> bool:
+        if self._life is not _Life.OPEN:
+            return False
+        if self._request is None:
+            return "unread" not in self._valve.reasons
+        return self._body is not None and self._body.is_wanted
+
+    def _dispatch(self, event: Any) -> bool:
+        """Serve one event of the wire. Returns whether there may be another."""
+        if isinstance(event, Signal):
+            return False
+        if isinstance(event, Head):
+            self._begin(event)
+        elif isinstance(event, End):
+            self._end_body()
+        else:
+            assert self._body is not None
+            self._body.receive(event)
+        return True
+
+    def _settle(self) -> None:
+        if self._wire.buffered > READ_AHEAD:
+            self._valve.close("buffered")
+        else:
+            self._valve.open("buffered")
+        self._set_deadline()
+
+    def _set_deadline(self) -> None:
+        if self._awaits_client:
+            return  # set when it began
+        if self._request is None:
+            if not self._wire.has_begun:
+                self._deadline.set(IDLE_TIME, self._close)
+                self._head_began = False
+            elif not self._head_began:
+                self._head_began = True
+                self._deadline.set(HEAD_TIME, lambda: self._refuse(Refused(errors.HEAD_TIMEOUT)))
+        elif self._body is not None and self._body.is_wanted:
+            self._deadline.set(BODY_TIME, self._body_timed_out)
+        else:
+            self._deadline.clear()
+
+    _head_began = False
+    _found: tuple[Any, Any, Any] = (None, None, None)
+
+    # A request
+
+    def _begin(self, head: Head) -> None:
+        request = self.requestFactory(self)
+        self._request = request
+        self._keep_alive = head.keep_alive
+        for name, value in head.headers:
+            request.requestHeaders.addRawHeader(name, value)
+        request.parseCookies()
+        request.method, request.uri, request.clientproto = head.method, head.target, head.version
+        path, _, query = head.target.partition(b"?")
+        request.path = path
+        request.args = parse_qs(query, 1) if query else {}
+        self._body = body = RequestBody(self, head)
+        resource = self._find(request)
+        if IStreamingResource.providedBy(resource):
+            request.gotLength(0)
+            done = Deferred.fromCoroutine(_received(resource, request, body))
+            self.factory.watch(done.addErrback(self._failed, request))
+        else:
+            if not head.has_content:
+                self._found = (resource, request.prepath, request.postpath)
+            self._spool(request, body, head)
+
+    def _find(self, request: Request) -> Any:
+        """The resource for a request, as ``Request.process`` will find it; None if that has to fail itself."""
+        request.site = self.site
+        request.prepath = []
+        request.postpath = [unquote_to_bytes(segment) for segment in request.path[1:].split(b"/")]
+        request.setHeader(b"Server", server_version)
+        request.setHeader(b"Date", datetimeToString())
+        request.content = BytesIO()
+        if request.path == b"*":
+            return None
+        try:
+            return self.site.getResourceFor(request)
+        except Exception:
+            return None
+
+    def take_found(self, request: Request) -> Any:
+        """The resource that was found for a request without content, once; else None.
+
+        So ``getChild`` is called once for such a request, as under a stock ``Site``. With content it is called
+        again when that is there, because it may want to look at it.
+        """
+        (resource, prepath, postpath), self._found = self._found, (None, None, None)
+        if resource is not None:
+            request.prepath, request.postpath = prepath, postpath
+        return resource
+
+    def _spool(self, request: Request, body: RequestBody, head: Head) -> None:
+        """Process a request as a stock ``Site`` does: when its body is whole."""
+        request.gotLength(head.length)
+
+        def process(_: None) -> None:
+            request.requestReceived(head.method, head.target, head.version)
+
+        body.deliver_to(cast(IConsumer, Spool(request))).addCallback(process).addErrback(self._failed, request)
+
+    def _failed(self, reason: Failure, request: Request) -> None:
+        if request is self._request and self._life is _Life.OPEN:
+            answer_refusal(request, refusal_for(reason))
+        elif not reason.check(Refused, BodyCut, BodyStopped):
+            _log.failure("a request failed after its connection was lost", failure=reason)
+
+    def _end_body(self) -> None:
+        body, self._body = self._body, None
+        if body is not None:
+            body.end()
+
+    def _cut_body(self, reason: Failure) -> None:
+        if self._body is not None:
+            self._body.fail(reason)
+
+    def _body_timed_out(self) -> None:
+        self._cut_body(Failure(Refused(errors.BODY_TIMEOUT)))
+
+    def send_continue(self) -> None:
+        """Tell a client that waits for it to send its body."""
+        if self._life is not _Life.OPEN or self._request is None or self._request.startedWriting:
+            return
+        if not self._wire.buffered:  # else it did not wait
+            self._below.write(_CONTINUE)
+
+    def body_paused(self) -> None:
+        """The consumer of the body wants no more."""
+        self._valve.close("consumer")
+        self._set_deadline()
+
+    def body_resumed(self) -> None:
+        """It wants more: first what the wire holds, then what the transport brings."""
+        self.pump()
+        if self._life is _Life.OPEN and (self._body is None or not self._body.is_paused):
+            self._valve.open("consumer")
+
+    def _refuse(self, refused: Refused) -> None:
+        """Answer something that is no request, or no longer one."""
+        self._cut_body(Failure(refused))
+        if self._life is not _Life.OPEN:
+            return
+        if self._request is not None:
+            # A resource that holds the body has answered by now; another one is answered for.
+            answer_refusal(self._request, refused)
+            return
+        self._keep_alive = False
+        self._below.write(_bare_answer(refused.refusal))
+        self._linger()
+
+    # What twisted.web.server.Request calls
+
+    def writeHeaders(self, version: bytes, code: bytes, reason: bytes, headers: Headers) -> None:
+        """Send the head of the response."""
+        self._discard_arrived_body()
+        if self._body is not None and self._wire.state is not State.END:
+            self._keep_alive = False
+        said = b",".join(headers.getRawHeaders(b"connection") or ()).lower()
+        if not self._keep_alive or b"close" in [token.strip() for token in said.split(b",")]:
+            self._keep_alive = False
+            headers.setRawHeaders(b"connection", [b"close"])
+        parts = [version, b" ", code, b" ", reason, b"\r\n"]
+        for name, values in headers.getAllRawHeaders():
+            for value in values:
+                parts += (name, b": ", value, b"\r\n")
+        parts.append(b"\r\n")
+        self._below.writeSequence(parts)
+
+    def _discard_arrived_body(self) -> None:
+        """Throw away the rest of an unwanted body, as far as it is here."""
+        if self._body is None or self._body.is_taken:
+            return
+        try:
+            while self._body is not None:
+                event = self._wire.next_event()
+                if isinstance(event, Signal):
+                    break
+                if isinstance(event, End):
+                    self._cut_body(Failure(BodyCut("answered before its end")))
+                    self._body = None
+        except Refused:
+            pass  # it is answered already, and the connection is closed for it
+
+    def write(self, data: bytes) -> None:
+        """Send a piece of the response."""
+        if self._is_full or len(data) > ANSWER_SLICE:
+            self._unsent.append(memoryview(data))
+            self._send()
+        else:
+            self._below.write(data)
+        if self._is_pulled:
+            self._await_client()
+
+    def writeSequence(self, pieces: list[bytes]) -> None:
+        """Send pieces of the response."""
+        for piece in pieces:
+            self.write(piece)
+
+    def _send(self) -> None:
+        """Give the transport as much as it takes."""
+        while self._unsent and not self._is_full:
+            view = self._unsent.popleft()
+            if len(view) > ANSWER_SLICE:
+                self._unsent.appendleft(view[ANSWER_SLICE:])
+            self._below.write(bytes(view[:ANSWER_SLICE]))
+
+    def requestDone(self, request: Request) -> None:
+        """The response is complete."""
+        self._request = None
+        self._head_began = False
+        self._cut_body(Failure(BodyCut("answered before its end")))
+        self._discard_arrived_body()
+        body, self._body = self._body, None
+        if self._life is not _Life.OPEN:
+            return
+        if body is not None:
+            self._linger()
+        elif not self._keep_alive:
+            self._close()
+        else:
+            self._wire.next_request()
+            self._valve.open("consumer")
+            self.pump()
+
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """Let a resource stream its response: it is paused instead of its client."""
+        if self._producer is not None:
+            raise RuntimeError("the response has a producer already")
+        self._producer = producer
+        self._valve.open("unread")
+        if not streaming:
+            self._is_pulled = True
+            self._below.unregisterProducer()
+            self._below.registerProducer(self, False)
+        elif self._is_full:
+            self._pause_producer()
+
+    def unregisterProducer(self) -> None:
+        """The resource has written what it had."""
+        if self._producer is None:
+            return
+        self._producer = None
+        self._is_producer_paused = False
+        if self._is_pulled:
+            self._is_pulled = self._awaits_client = False
+            if self._life is _Life.OPEN:
+                self._below.unregisterProducer()
+                self._below.registerProducer(self, True)
+        elif self._is_full:
+            self._valve.close("unread")
+
+    def getPeer(self) -> Any:
+        """The client's address."""
+        return self._below.getPeer()
+
+    def getHost(self) -> Any:
+        """Our address."""
+        return self._below.getHost()
+
+    def isSecure(self) -> bool:
+        """Whether the connection is encrypted."""
+        return ISSLTransport(self.transport, None) is not None
+
+    def loseConnection(self) -> None:
+        """Close once what was written is sent."""
+        self._close()
+
+    def _respondToBadRequestAndDisconnect(self) -> None:
+        # Request.requestReceived calls it where a form that it parses is malformed.
+        if self._request is not None:
+            answer_refusal(self._request, Refused(errors.BAD_FORM))
+
+    # What the transport calls: the client reads its answers, or does not
+
+    def pauseProducing(self) -> None:
+        """The client is behind: nothing more is sent, and no further request is taken from it."""
+        if self._is_full:
+            return
+        self._is_full = True
+        self._await_client()
+        if self._producer is not None:
+            self._pause_producer()
+        else:
+            self._valve.close("unread")
+
+    def _pause_producer(self) -> None:
+        if not self._is_producer_paused:
+            self._is_producer_paused = True
+            self._producer.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """The client has read what the transport had."""
+        self._is_full = self._awaits_client = False
+        self._send()
+        if self._is_full:
+            return
+        if self._life is _Life.CLOSING:
+            self._say_goodbye()
+        elif self._life is _Life.LINGERING:
+            self._valve.open("unread")
+            self._deadline.set(LINGER_TIME, self._close)
+        elif self._producer is not None:
+            self._is_producer_paused = False
+            self._set_deadline()
+            self._producer.resumeProducing()
+        else:
+            self._valve.open("unread")
+            self.pump()
+
+    def stopProducing(self) -> None:
+        """The transport is gone; ``connectionLost`` follows."""
+        if self._producer is not None:
+            self._producer.stopProducing()
+
+    def _await_client(self) -> None:
+        self._awaits_client = True
+        self._deadline.set(UNREAD_TIME, self._abort)
+
+    # The end
+
+    def _linger(self) -> None:
+        self._life = _Life.LINGERING
+        self._lingered = self._wire.buffered
+        self._valve.open("consumer")
+        self._valve.open("buffered")
+        self._deadline.set(LINGER_TIME, self._close)
+
+    def _close(self) -> None:
+        if self._life in (_Life.OPEN, _Life.LINGERING):
+            self._life = _Life.CLOSING
+            if self._is_full:
+                self._await_client()
+            else:
+                self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        self._deadline.set(CLOSE_TIME, self._abort)
+        self._below.unregisterProducer()
+        self._below.loseConnection()
+
+    def _abort(self) -> None:
+        self._below.abortConnection()
+
+    def stop(self) -> None:
+        """The service stops: an idle connection is closed, a busy one aborted."""
+        if self._request is None:
+            self._close()
+        else:
+            self._abort()
+
+    def forceAbortClient(self) -> None:
+        """Close at once, whatever is under way."""
+        self._abort()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """See ``IProtocol``."""
+        self._life = _Life.LOST
+        self._deadline.stop()
+        self._unsent.clear()
+        self.factory.channels.discard(self)
+        request, self._request = self._request, None
+        if request is not None:
+            request.connectionLost(reason)
+        self._cut_body(Failure(BodyCut("connection lost")))
+        self._body = None
+
+
+async def _received(resource: Any, request: Request, body: RequestBody) -> None:
+    await resource.receive(request, body)
+
+
+def _bare_answer(refusal: Refusal) -> bytes:
+    """A response where there is no request to make it on."""
+    sentence = refusal.sentence.encode() + b"\n"
+    return (
+        b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n"
+        b"X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n%b"
+        % (refusal.status, RESPONSES.get(refusal.status, b"Refused"), datetimeToString(), len(sentence), sentence)
+    )
