@@ -1,0 +1,53 @@
+"""``PUT /files/a/b``: one request, one file (RFC 9110 section 9.3.4).
+
+Everything that can be known from the head is decided before a byte of the body is accepted: the name, the
+length, the encodings. The file becomes visible when it is whole and durable, and then the answer is sent.
+"""
+
+from __future__ import annotations
+
+from twisted.web.http import CREATED, NO_CONTENT
+from twisted.web.server import Request
+
+from lwstwisted import errors
+from lwstwisted.errors import Refused
+from lwstwisted.interfaces import IRequestBody, Name, Store
+from lwstwisted.uploads.transfer import Transfer
+
+
+async def put(request: Request, body: IRequestBody, store: Store, name: Name, max_size: int) -> None:
+    """Store the body of ``request`` as ``name`` and answer 201 (new) or 204 (replaced).
+
+    :param max_size: bytes.
+    :raises Refused: and nothing of the upload is left then.
+    :raises lwstwisted.errors.BodyCut: likewise, when the client left.
+    """
+    _check_fields(request)
+    if body.length is not None and body.length > max_size:
+        raise Refused(errors.BODY_TOO_LARGE)
+    transfer = Transfer(await store.create(name, body.length), max_size)
+    try:
+        await body.deliver_to(transfer)
+        created = await transfer.finish()
+    except BaseException as cut:
+        cause = transfer.failure or cut
+        await transfer.abort()
+        raise cause from None
+    if request.channel is None:
+        return  # the client left when all was sent
+    request.setResponseCode(CREATED if created else NO_CONTENT)
+    if created:
+        request.setHeader(b"Location", request.path)
+        request.setHeader(b"Content-Length", b"0")
+    request.finish()
+
+
+def _check_fields(request: Request) -> None:
+    fields = request.requestHeaders
+    if not fields.hasHeader(b"content-length") and not fields.hasHeader(b"transfer-encoding"):
+        raise Refused(errors.LENGTH_REQUIRED)
+    if fields.hasHeader(b"content-range"):
+        raise Refused(errors.CONTENT_RANGE)
+    encodings = fields.getRawHeaders(b"content-encoding") or []
+    if any(value.strip().lower() != b"identity" for value in encodings):
+        raise Refused(errors.CONTENT_ENCODING)

@@ -1,0 +1,227 @@
+"""UploadResource: the files of a store as a twisted.web resource, at any path.
+
+=========  =====================================================================================
+``PUT``    stores a file (``put.py``)
+``GET``    sends a file, with ranges, by ``twisted.web.static``; of a folder, its listing
+``HEAD``   the same without content
+``DELETE`` removes a file
+=========  =====================================================================================
+
+Under a :class:`~lwstwisted.web.site.StreamingSite` a body arrives as it comes; under a stock ``Site`` it
+has been spooled by then, and the same code reads it from there.
+
+What users uploaded is never shown as a page of this site: it is sent as an attachment, with a policy under
+which no script in it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Awaitable, Callable
+from html import escape
+from typing import IO, Any, cast
+from urllib.parse import quote
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IConsumer
+from twisted.python.failure import Failure
+from twisted.web.http import NO_CONTENT
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET, Request
+from twisted.web.static import File, getTypeAndEncoding
+from zope.interface import implementer
+
+from lwstwisted import errors
+from lwstwisted.errors import BodyStopped, Refused
+from lwstwisted.interfaces import Entry, IRequestBody, IStreamingResource, Name, Store
+from lwstwisted.stores.names import parse_name
+from lwstwisted.uploads.put import put
+from lwstwisted.web.channel import answer_refusal, refusal_for
+from lwstwisted.web.wire import MAX_LENGTH
+
+SPOOL_READ = 256 * 1024
+"""Bytes read at once from a body that a stock ``Site`` has spooled."""
+
+_ISOLATED = b"sandbox; default-src 'none'"
+_PAGE_POLICY = b"default-src 'none'; style-src 'unsafe-inline'"
+
+
+@implementer(IStreamingResource)
+class UploadResource(Resource):
+    """The files of ``store``.
+
+    :param store: where they live.
+    :param max_size: bytes of one file at most.
+    """
+
+    isLeaf = True
+
+    def __init__(self, store: Store, max_size: int = MAX_LENGTH) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._store = store
+        self._max_size = max_size
+        self._methods: dict[bytes, Callable[[Request, IRequestBody], Awaitable[None]]] = {
+            b"DELETE": self._delete,
+            b"GET": self._get,
+            b"HEAD": self._get,
+            b"OPTIONS": self._options,
+            b"PUT": self._put,
+        }
+        self._allow = b", ".join(self._methods)
+
+    async def receive(self, request: Request, body: IRequestBody) -> None:
+        """See :class:`~lwstwisted.interfaces.IStreamingResource`."""
+        method = self._methods.get(request.method)
+        if method is None:
+            raise Refused(errors.METHOD_NOT_ALLOWED, {b"Allow": self._allow})
+        await method(request, body)
+
+    def render(self, request: Request) -> int:
+        """Take a request whose body a stock ``Site`` has spooled."""
+
+        def failed(reason: Failure) -> None:
+            if request.channel is not None:
+                answer_refusal(request, refusal_for(reason))
+
+        Deferred.fromCoroutine(self.receive(request, SpooledBody(cast(IO[bytes], request.content)))).addErrback(failed)
+        return NOT_DONE_YET
+
+    async def _put(self, request: Request, body: IRequestBody) -> None:
+        await put(request, body, self._store, parse_name(request.postpath or []), self._max_size)
+
+    async def _delete(self, request: Request, body: IRequestBody) -> None:
+        await self._store.delete(parse_name(request.postpath or []))
+        if request.channel is None:
+            return  # the client left meanwhile
+        request.setResponseCode(NO_CONTENT)
+        request.finish()
+
+    async def _options(self, request: Request, body: IRequestBody) -> None:
+        request.setResponseCode(NO_CONTENT)
+        request.setHeader(b"Allow", self._allow)
+        request.finish()
+
+    async def _get(self, request: Request, body: IRequestBody) -> None:
+        segments = list(request.postpath or [])
+        is_folder = not segments or segments[-1] == b""
+        name = parse_name(segments[:-1] if is_folder else segments)
+        request.setHeader(b"X-Content-Type-Options", b"nosniff")
+        if not is_folder:
+            try:
+                _send_file(request, name, await self._store.open_file(name))
+                return
+            except Refused as refused:
+                if refused.refusal is not errors.IS_FOLDER:
+                    raise
+        _send_listing(request, await self._store.list_folder(name))
+
+
+def _send_file(request: Request, name: Name, fd: int) -> None:
+    """Let twisted.web send what ``fd`` is, whatever its name has become meanwhile; closes ``fd``."""
+    try:
+        if request.channel is None:
+            return  # the client left while the file was being opened
+        file = File(f"/proc/self/fd/{fd}")
+        file.type, file.encoding = getTypeAndEncoding(
+            name[-1], File.contentTypes, {}, "application/octet-stream"
+        )
+        request.setHeader(b"Content-Disposition", b"attachment; filename*=UTF-8''" + _quoted(name[-1]))
+        request.setHeader(b"Content-Security-Policy", _ISOLATED)
+        request.render(file)
+    finally:
+        os.close(fd)
+
+
+def _send_listing(request: Request, entries: list[Entry]) -> None:
+    if request.channel is None:
+        return  # the client left meanwhile
+    if b"application/json" in (request.getHeader(b"accept") or b""):
+        kind, page = b"application/json", _json_listing(entries)
+    else:
+        kind, page = b"text/html; charset=utf-8", _html_listing(request.path.rstrip(b"/").decode("ascii"), entries)
+        request.setHeader(b"Content-Security-Policy", _PAGE_POLICY)
+    data = page.encode()
+    request.setHeader(b"Content-Type", kind)
+    request.setHeader(b"Content-Length", b"%d" % len(data))
+    request.write(data)
+    request.finish()
+
+
+def _json_listing(entries: list[Entry]) -> str:
+    listing = [
+        {"name": e.name, "type": "folder" if e.is_folder else "file", "size": e.size, "modified": e.modified}
+        for e in entries
+    ]
+    return json.dumps(listing, ensure_ascii=False) + "\n"
+
+
+def _html_listing(path: str, entries: list[Entry]) -> str:
+    rows = "".join(
+        f'<li><a href="{escape(path)}/{quote(e.name, safe="")}/">{escape(e.name)}/</a></li>\n'
+        if e.is_folder
+        else f'<li><a href="{escape(path)}/{quote(e.name, safe="")}">{escape(e.name)}</a> {e.size:,} bytes</li>\n'
+        for e in entries
+    )
+    title = escape(path) + "/"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
+        f"<h1>{title}</h1>\n<ul>\n{rows}</ul>\n</html>\n"
+    )
+
+
+def _quoted(name: str) -> bytes:
+    return quote(name, safe="").encode("ascii")
+
+
+@implementer(IRequestBody)
+class SpooledBody:
+    """A body that is there already.
+
+    :param content: a file, read from its current position.
+    """
+
+    def __init__(self, content: IO[bytes]) -> None:
+        self._content = content
+        position = content.tell()
+        self.length: int | None = content.seek(0, os.SEEK_END) - position
+        content.seek(position)
+        self._consumer: Any = None
+        self._finished: Deferred[None] = Deferred()
+        self._is_paused = False
+        self._is_over = False
+
+    def deliver_to(self, consumer: IConsumer) -> Deferred[None]:
+        """See :class:`~lwstwisted.interfaces.IRequestBody`."""
+        self._consumer = consumer
+        consumer.registerProducer(self, True)
+        self._pump()
+        return self._finished
+
+    def _pump(self) -> None:
+        while not (self._is_paused or self._is_over):
+            data = self._content.read(SPOOL_READ)
+            if data:
+                self._consumer.write(data)
+            else:
+                self._end().callback(None)
+
+    def _end(self) -> Deferred[None]:
+        self._is_over = True
+        self._consumer.unregisterProducer()
+        return self._finished
+
+    def pauseProducing(self) -> None:
+        """See ``IPushProducer``."""
+        self._is_paused = True
+
+    def resumeProducing(self) -> None:
+        """See ``IPushProducer``."""
+        if self._is_paused:
+            self._is_paused = False
+            self._pump()
+
+    def stopProducing(self) -> None:
+        """See ``IPushProducer``."""
+        if not self._is_over:
+            self._end().errback(Failure(BodyStopped()))

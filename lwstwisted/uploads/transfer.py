@@ -1,0 +1,186 @@
+"""One upload while its bytes arrive: the consumer between a request body and the store.
+
+**The facts.** A write to disk is fast until the kernel has too many dirty pages; then single writes block for
+tens of milliseconds. A thread per write costs tens of microseconds, so small writes are dear.
+
+**The decision.** Bytes are gathered into blocks; one block is written at a time, in the store's threads. A
+block is handed over when it is full, or when the store is idle and the block is worth a write. What waits is
+counted: above :data:`HIGH` the body is paused, at or below :data:`LOW` it goes on. So an upload holds at most
+``HIGH`` + one delivery of waiting bytes + one block that is being written, whatever the client does and
+however long the store takes. The last bytes of an upload go to the store together with the commit: a small
+file costs one trip to the threads.
+
+**The price** is one copy, from the memory that the transport lends for the length of a call into a block.
+Blocks are used again, and their memory is not touched before it is filled: a slow upload occupies what it sent.
+
+**Errors.** The first failure of the store ends the body, and is what :meth:`Transfer.finish` raises. A body that
+is cut ends quietly for the store: :meth:`Transfer.abort` lets a write under way end, then discards the file.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import cast
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IConsumer, IProducer, IPushProducer
+from zope.interface import implementer
+
+from lwstwisted import errors
+from lwstwisted.errors import Refused
+from lwstwisted.flow import Watermarks
+from lwstwisted.interfaces import IBufferReceiver, PartialFile
+
+BLOCK = 1024 * 1024
+"""Bytes of a full block: larger writes gain nothing."""
+WORTH_A_WRITE = 256 * 1024
+"""Bytes that an idle store is given before the block is full."""
+HIGH = 2 * 1024 * 1024
+"""Waiting bytes above which the body is paused: two blocks, so the store never idles."""
+LOW = 1024 * 1024
+"""Waiting bytes at or below which it goes on."""
+SPARE_BLOCKS = 8
+"""Blocks kept for the next upload, in the whole process."""
+
+_spare: list[bytearray] = []
+
+
+def _new_block() -> bytearray:
+    return _spare.pop() if _spare else bytearray(BLOCK)
+
+
+def _recycle(block: bytearray) -> None:
+    if len(_spare) < SPARE_BLOCKS:
+        _spare.append(block)
+
+
+@implementer(IConsumer, IBufferReceiver)
+class Transfer:
+    """The bytes of one upload on their way to the store.
+
+    :param part: the unfinished file.
+    :param max_size: bytes; more of them are refused.
+    """
+
+    def __init__(self, part: PartialFile, max_size: int) -> None:
+        self._part = part
+        self._max_size = max_size
+        self._producer: IPushProducer | None = None
+        self._block: bytearray | None = None
+        self._filled = 0
+        self._waiting: deque[tuple[bytearray, int]] = deque()
+        self._marks = Watermarks(LOW, HIGH)
+        self._is_writing = False
+        self._settling: Deferred[None] | None = None
+        self._failure: BaseException | None = None
+        self.received = 0
+
+    # The body calls these
+
+    def registerProducer(self, producer: IProducer, streaming: bool) -> None:
+        """See ``IConsumer``."""
+        self._producer = cast(IPushProducer, producer)
+
+    def unregisterProducer(self) -> None:
+        """See ``IConsumer``."""
+        self._producer = None
+
+    def write(self, data: bytes) -> None:
+        """See ``IConsumer``."""
+        self.bufferReceived(memoryview(data))
+
+    def bufferReceived(self, view: memoryview) -> None:
+        """See :class:`~lwstwisted.interfaces.IBufferReceiver`."""
+        self.received += len(view)
+        if self.received > self._max_size:
+            self._fail(Refused(errors.BODY_TOO_LARGE))
+        if self._failure is not None:
+            return
+        is_full = self._marks.add(len(view))
+        while view:
+            if self._block is None:
+                self._block = _new_block()
+            taken = min(BLOCK - self._filled, len(view))
+            self._block[self._filled : self._filled + taken] = view[:taken]
+            self._filled += taken
+            view = view[taken:]
+            if self._filled == BLOCK:
+                self._close_block()
+        # Before the write: a store that answers at once resumes the body inside it.
+        if is_full and self._producer is not None:
+            self._producer.pauseProducing()
+        if not self._is_writing and (self._waiting or self._filled >= WORTH_A_WRITE):
+            self._is_writing = True
+            Deferred.fromCoroutine(self._write_all())
+
+    def _close_block(self) -> None:
+        if self._block is not None and self._filled:
+            self._waiting.append((self._block, self._filled))
+            self._block = None
+            self._filled = 0
+
+    async def _write_all(self) -> None:
+        """Write what is worth it, one block at a time, until nothing is."""
+        try:
+            while self._failure is None:
+                if not self._waiting and self._filled >= WORTH_A_WRITE:
+                    self._close_block()
+                if not self._waiting:
+                    break
+                block, filled = self._waiting.popleft()
+                await self._part.append(memoryview(block)[:filled])
+                _recycle(block)
+                if self._marks.remove(filled) and self._producer is not None:
+                    self._producer.resumeProducing()
+        except Exception as failure:
+            self._fail(failure)
+        self._is_writing = False
+        if self._settling is not None:
+            self._settling.callback(None)
+
+    def _fail(self, failure: Exception) -> None:
+        if self._failure is None:
+            self._failure = failure
+            if self._producer is not None:
+                self._producer.stopProducing()
+
+    # The protocol of the upload calls these
+
+    async def finish(self) -> bool:
+        """Write the rest and give the file its name. The body must be over.
+
+        :returns: True if the name is new.
+        :raises Refused: what the store failed with, now or before.
+        """
+        await self._settled()
+        if self._failure is not None:
+            raise self._failure
+        # Fewer bytes than are worth a write are left, and no write is under way.
+        block, filled = self._block, self._filled
+        self._block, self._filled = None, 0
+        if block is None:
+            return await self._part.commit(memoryview(b""))
+        created = await self._part.commit(memoryview(block)[:filled])
+        _recycle(block)
+        return created
+
+    async def abort(self) -> None:
+        """Forget the upload; nothing of it is left."""
+        if self._failure is None:
+            self._failure = errors.BodyStopped()
+        await self._settled()
+        self._waiting.clear()
+        self._block = None
+        await self._part.discard()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the upload, if anything did."""
+        return self._failure
+
+    async def _settled(self) -> None:
+        """Wait for the write under way."""
+        if self._is_writing:
+            self._settling = Deferred()
+            await self._settling
+            self._settling = None
