@@ -1,0 +1,170 @@
+"""The composition root: options are checked once, and everything is built, named, started and stopped here.
+
+``twistd lwstwisted`` and ``lwstwisted serve`` both end in :func:`makeService`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from twisted.application.service import MultiService
+from twisted.application.strports import service as listening_service
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.python.usage import Options as UsageOptions
+from twisted.python.usage import UsageError
+from twisted.web.resource import Resource
+from twisted.web.util import Redirect
+
+from lwstwisted.certificate import ensure_development_certificate
+from lwstwisted.stores.local import LocalStore
+from lwstwisted.stores.names import STATE_FOLDER
+from lwstwisted.uploads.resource import UploadResource
+from lwstwisted.web.site import StreamingSite
+from lwstwisted.web.wire import MAX_LENGTH
+
+DEFAULT_PORT = 8443
+DEFAULT_ROOT = "uploads"
+FILES_PATH = b"files"
+"""Where the files are: ``/files/…``."""
+
+_SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.IGNORECASE)
+_PROXIED = "haproxy:"
+_LOOPBACK = {"tcp": "127.0.0.1", "ssl": "127.0.0.1", "tcp6": "::1", "tls": "::1"}
+
+
+class Options(UsageOptions):
+    """The command line. Each option says what happens without it."""
+
+    longdesc = "Serve file uploads: PUT, GET, HEAD and DELETE of /files/NAME, and listings of folders."
+    optParameters = [
+        ["root", "r", DEFAULT_ROOT, "Folder of the uploaded files; it is made if it isn't there."],
+        ["durability", "d", "full", "What is synced before an answer: full (file and folder), data (file), none."],
+        ["max-size", "m", None, "Bytes of the largest upload; 10G is understood. [default: no limit]"],
+        ["port", "p", DEFAULT_PORT, "Port of the default listener; not together with --listen.", int],
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self["listen"] = []
+
+    def opt_listen(self, description: str) -> None:
+        """Twisted endpoint to listen on, such as 'tcp:8080' or 'ssl:8443:privateKey=k.pem:certKey=c.pem';
+        may be repeated. Without interface=... it binds loopback only. [default: TLS on 127.0.0.1:8443 with a
+        self-signed certificate for development]"""
+        self["listen"].append(on_loopback(description))
+
+    opt_l = opt_listen
+
+    def postOptions(self) -> None:
+        """Check what can be checked before anything is built.
+
+        :raises UsageError: with a sentence that says what to do.
+        """
+        if self["durability"] not in ("full", "data", "none"):
+            raise UsageError("--durability is full, data or none")
+        self["max-size"] = MAX_LENGTH if self["max-size"] is None else parse_size(self["max-size"])
+        if self["listen"] and self["port"] != DEFAULT_PORT:
+            raise UsageError("--port is for the default listener; with --listen, name the port there")
+        if not 1 <= self["port"] <= 65535:
+            raise UsageError("--port is a number from 1 to 65535")
+        if not self["root"]:
+            raise UsageError("--root is the name of a folder; '.' is the current one")
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes, such as ``512`` or ``10G`` (powers of 1024).
+
+    :raises UsageError: if it is none.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError("--max-size is a number of bytes, with K, M, G or T behind it if you like")
+    digits, power = match.groups()
+    if len(digits) > len(str(MAX_LENGTH)):
+        return MAX_LENGTH
+    return min(int(digits) << 10 * " KMGT".index(power.upper() or " "), MAX_LENGTH)
+
+
+def on_loopback(description: str) -> str:
+    """Bind an endpoint that says nothing of its interface to loopback.
+
+    :param description: a server endpoint description.
+    """
+    if description.startswith(_PROXIED):
+        return _PROXIED + on_loopback(description.removeprefix(_PROXIED))
+    fields = re.split(r"(?<!\\):", description)
+    loopback = _LOOPBACK.get(fields[0])
+    positional = [field for field in fields[1:] if not re.search(r"(?<!\\)=", field)]
+    # tcp:PORT:INTERFACE is the only one of them that people write by position; an empty one says nothing.
+    is_told = any(re.match("interface=.", field) for field in fields) or (fields[0] == "tcp" and any(positional[1:]))
+    if loopback is None or is_told:
+        return description
+    return f"{description}:interface={loopback.replace(':', chr(92) + ':')}"
+
+
+class UploadService(MultiService):
+    """Listeners, site and store; stops in this order, and waits for each.
+
+    :ivar hints: lines for a person that tell how to try the service.
+    """
+
+    def __init__(self, site: StreamingSite, store: LocalStore, hints: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._site = site
+        self._store = store
+        self.hints = hints
+
+    def stopService(self) -> Deferred[None]:
+        """See ``IService``."""
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        await maybeDeferred(super().stopService)
+        await self._site.stop()
+        await self._store.stop()
+
+
+def makeService(options: Options, reactor: Any = None) -> UploadService:
+    """Build the service.
+
+    :param options: parsed.
+    :param reactor: the global one by default.
+    :raises OSError: if the root cannot be used.
+    """
+    if reactor is None:
+        from twisted.internet import reactor
+    store = LocalStore(options["root"], reactor, durability=options["durability"])
+    root = Resource()
+    root.putChild(b"", Redirect(b"/" + FILES_PATH + b"/"))
+    root.putChild(FILES_PATH, UploadResource(store, options["max-size"]))
+    site = StreamingSite(root, reactor)
+    endpoints = options["listen"]
+    hints: list[str] = []
+    if not endpoints:
+        certificate = ensure_development_certificate(Path(options["root"]) / STATE_FOLDER / "development.pem")
+        endpoints = [default_endpoint(options["port"], certificate)]
+        hints = curl_hints(options["port"], certificate)
+    service = UploadService(site, store, hints)
+    for description in endpoints:
+        listening_service(description, site, reactor).setServiceParent(service)
+    return service
+
+
+def default_endpoint(port: int, certificate: Path) -> str:
+    """The endpoint that is listened on where no other is named."""
+    path = str(certificate.absolute()).replace("\\", "\\\\").replace(":", "\\:").replace("=", "\\=")
+    return f"ssl:{port}:privateKey={path}:certKey={path}:interface=127.0.0.1"
+
+
+def curl_hints(port: int, certificate: Path) -> list[str]:
+    """Commands that upload a file and fetch it back."""
+    trusted = shlex.quote(str(certificate))
+    url = f"https://127.0.0.1:{port}/{FILES_PATH.decode()}"
+    return [
+        f"upload: curl --cacert {trusted} -T FILE {url}/",
+        f"fetch:  curl --cacert {trusted} -O {url}/FILE",
+    ]
+

@@ -1,0 +1,290 @@
+"""The composition root: what options mean, and what is built from them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from twisted.application.service import IServiceMaker
+from twisted.internet.defer import Deferred
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IListeningPort
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.plugin import getPlugins
+from twisted.python.usage import UsageError
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+
+from lwstwisted import service
+from lwstwisted.service import Options, curl_hints, default_endpoint, makeService, on_loopback, parse_size
+from lwstwisted.web.wire import MAX_LENGTH
+from tests.servers import PATIENCE, free_port
+from tests.test_uploads_transfer import GatedStore
+
+
+def parsed(*words: str) -> Options:
+    options = Options()
+    options.parseOptions(words)  # type: ignore[no-untyped-call]
+    return options
+
+
+class SizeTests(SynchronousTestCase):
+    """``--max-size``."""
+
+    def test_sizes(self) -> None:
+        """Powers of 1024; what no file can reach is no limit."""
+        for text, size in {
+            "0": 0,
+            "1": 1,
+            "512": 512,
+            "0010": 10,
+            "1K": 1024,
+            "1k": 1024,
+            "3M": 3 * 1024**2,
+            "10G": 10 * 1024**3,
+            "2t": 2 * 1024**4,
+            str(MAX_LENGTH): MAX_LENGTH,
+            str(MAX_LENGTH + 1): MAX_LENGTH,
+            "8388608T": MAX_LENGTH,
+            "9" * 30: MAX_LENGTH,
+            "9" * 5000: MAX_LENGTH,
+        }.items():
+            self.assertEqual(parse_size(text), size, text)
+
+    def test_no_sizes(self) -> None:
+        for text in ("", "K", "-1", "+1", "1.5G", "10 G", " 10", "10\n", "10GB", "10P", "0x10", "1_0", "1e3", "٣"):
+            error = self.assertRaises(UsageError, parse_size, text)
+            self.assertIn("--max-size", str(error), text)
+
+
+class LoopbackTests(SynchronousTestCase):
+    """Nothing is open to others, unless somebody says so."""
+
+    def test_loopback_unless_told(self) -> None:
+        for description, bound in {
+            "tcp:8080": "tcp:8080:interface=127.0.0.1",
+            "tcp:port=8080": "tcp:port=8080:interface=127.0.0.1",
+            "tcp:8080:backlog=5": "tcp:8080:backlog=5:interface=127.0.0.1",
+            "tcp:8080:interface=": "tcp:8080:interface=:interface=127.0.0.1",
+            "tcp6:8080": r"tcp6:8080:interface=\:\:1",
+            "ssl:1:privateKey=k:certKey=c": "ssl:1:privateKey=k:certKey=c:interface=127.0.0.1",
+            "ssl:1:k:c": "ssl:1:k:c:interface=127.0.0.1",
+            r"ssl:1:privateKey=a\:interface=b": r"ssl:1:privateKey=a\:interface=b:interface=127.0.0.1",
+            r"ssl:1:certKey=C\:\\k.pem": r"ssl:1:certKey=C\:\\k.pem:interface=127.0.0.1",
+            "tls:/pems:443": r"tls:/pems:443:interface=\:\:1",
+            r"tls:a\:b:443": r"tls:a\:b:443:interface=\:\:1",
+            "haproxy:tcp:8080": "haproxy:tcp:8080:interface=127.0.0.1",
+        }.items():
+            self.assertEqual(on_loopback(description), bound)
+
+    def test_as_told(self) -> None:
+        for description in (
+            "tcp:8080:0.0.0.0",
+            "tcp:8080:interface=0.0.0.0",
+            "tcp:interface=192.0.2.1:port=8080",
+            r"tcp6:8080:interface=\:\:",
+            "ssl:1:privateKey=k:certKey=c:interface=0.0.0.0",
+            r"tls:/pems:443:interface=\:\:",
+            "haproxy:tcp:8080:interface=0.0.0.0",
+            "unix:/run/x.socket",
+            r"unix:a\:b",
+            "systemd:domain=INET:index=0",
+            "systemd:domain=UNIX:name=http",
+        ):
+            self.assertEqual(on_loopback(description), description)
+
+    def test_empty_position(self) -> None:
+        """A colon too many is a mistake; it doesn't open the port to all."""
+        self.assertIn("127.0.0.1", on_loopback("tcp:8080:"))
+
+
+class OptionsTests(SynchronousTestCase):
+    """The command line."""
+
+    def test_zero_options(self) -> None:
+        """There is a default for everything."""
+        self.assertEqual(
+            dict(parsed()),
+            {"root": "uploads", "durability": "full", "max-size": MAX_LENGTH, "port": 8443, "listen": []},
+        )
+
+    def test_all_options(self) -> None:
+        options = parsed("-r", "/r", "-d", "none", "-m", "1K", "-l", "tcp:1", "--listen", "unix:/s")
+        self.assertEqual(
+            dict(options),
+            {
+                "root": "/r",
+                "durability": "none",
+                "max-size": 1024,
+                "port": 8443,
+                "listen": ["tcp:1:interface=127.0.0.1", "unix:/s"],
+            },
+        )
+        self.assertEqual(parsed("--port", "1234")["port"], 1234)
+
+    def test_mistakes(self) -> None:
+        """Each is told in one sentence that names the option."""
+        for words, part in (
+            (["--durability", "ful"], "--durability"),
+            (["--max-size", "much"], "--max-size"),
+            (["--port", "0"], "--port"),
+            (["--port", "65536"], "--port"),
+            (["--port", "-1"], "--port"),
+            (["--port", "http"], "http"),
+            (["--port", "1", "--listen", "tcp:2"], "--listen"),
+            (["--root", ""], "--root"),
+            (["--rot", "x"], "--rot"),
+            (["--listen"], "--listen"),
+            (["surplus"], "arguments"),
+        ):
+            message = str(self.assertRaises(UsageError, parsed, *words))
+            self.assertIn(part, message, words)
+            self.assertNotIn("\n", message, words)
+
+    def test_plugin(self) -> None:
+        """``twistd lwstwisted`` ends here."""
+        found = [maker for maker in getPlugins(IServiceMaker) if maker.tapname == "lwstwisted"]
+        self.assertEqual([maker.options for maker in found], [Options])
+
+
+class DefaultTests(SynchronousTestCase):
+    """What is served without --listen."""
+
+    def test_endpoint_escapes(self) -> None:
+        """Folders may have any name."""
+        endpoint = default_endpoint(1, Path(r"/a:b=c\d/x.pem"))
+        path = r"/a\:b\=c\\d/x.pem"
+        self.assertEqual(endpoint, f"ssl:1:privateKey={path}:certKey={path}:interface=127.0.0.1")
+
+    def test_hints_are_shell_words(self) -> None:
+        """What is printed can be pasted."""
+        for hint in curl_hints(1234, Path("my uploads/$x.pem")):
+            words = shlex.split(hint.partition(":")[2])
+            self.assertEqual(words[:3], ["curl", "--cacert", "my uploads/$x.pem"])
+            self.assertTrue(words[-1].startswith("https://127.0.0.1:1234/files/"))
+
+
+class ServiceTests(TestCase):
+    """What is built works, and ends well."""
+
+    timeout = 2 * PATIENCE
+
+    def setUp(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="lwstwisted-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def make(self, *words: str) -> Any:
+        from twisted.internet import reactor
+
+        made = makeService(parsed("--root", str(self.folder / "root"), *words), reactor)
+        self.addCleanup(lambda: Deferred.fromCoroutine(made._store.stop()))
+        return made
+
+    async def start(self, *words: str) -> Any:
+        made = self.make(*words)
+        made.privilegedStartService()
+        made.startService()
+        self.addCleanup(made.stopService)
+        return made
+
+    def open_beneath(self) -> list[str]:
+        """What this process has open beneath our folder."""
+        found = []
+        for name in os.listdir("/proc/self/fd"):
+            # The one that lists is closed by now.
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink(f"/proc/self/fd/{name}"))
+        return [path for path in found if path.startswith(str(self.folder))]
+
+    def ask(self, port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        try:
+            client.request(method, path, body)
+            answer = client.getresponse()
+            return answer.status, answer.read()
+        finally:
+            client.close()
+
+    async def test_serves(self) -> None:
+        """Files at /files/, and / leads there."""
+        port = free_port()
+        await self.start("--listen", f"tcp:{port}", "--durability", "none")
+        self.assertEqual(await deferToThread(self.ask, port, "PUT", "/files/x", b"body"), (201, b""))
+        self.assertEqual(await deferToThread(self.ask, port, "GET", "/files/x"), (200, b"body"))
+        self.assertEqual((await deferToThread(self.ask, port, "GET", "/"))[0], 302)
+        self.assertEqual((self.folder / "root" / "x").read_bytes(), b"body")
+
+    async def test_max_size(self) -> None:
+        """The option reaches the resource."""
+        port = free_port()
+        await self.start("--listen", f"tcp:{port}", "--max-size", "3")
+        self.assertEqual((await deferToThread(self.ask, port, "PUT", "/files/x", b"body"))[0], 413)
+
+    async def test_stop_waits_for_work(self) -> None:
+        """A commit that is under way isn't lost, and afterwards nothing of ours runs or is open."""
+        from twisted.internet import reactor
+
+        self.patch(service, "LocalStore", lambda *args, **options: GatedStore(*args, is_open=False, **options))
+        port = free_port()
+        made = await self.start("--listen", f"tcp:{port}")
+        store = made._store
+        self.addCleanup(store.open_gate)
+        left = Event()
+
+        def upload() -> None:
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            try:
+                client.request("PUT", "/files/x", b"body")
+                self.assertRaises(ConnectionError, client.getresponse)
+            finally:
+                client.close()
+                left.set()
+
+        uploading = deferToThread(upload)
+        while not store.arrived:
+            await deferLater(reactor, 0.01, lambda: None)  # type: ignore[arg-type]
+        stopped = made.stopService()
+        await uploading
+        self.assertNoResult(stopped)
+        store.open_gate()
+        await stopped
+        self.assertEqual((self.folder / "root" / "x").read_bytes(), b"body")
+        self.assertEqual(list((self.folder / "root" / ".lwstwisted" / "partial").iterdir()), [])
+        self.assertEqual(self.open_beneath(), [])
+        with self.assertRaises(ConnectionRefusedError):
+            await deferToThread(self.ask, port, "GET", "/")
+
+    async def test_stop_twice(self) -> None:
+        made = await self.start("--listen", f"tcp:{free_port()}")
+        await made.stopService()
+        await made.stopService()
+
+    async def test_port_in_use(self) -> None:
+        """It's told where the service is started, for the command to say."""
+        from twisted.internet import reactor
+        from twisted.internet.protocol import Factory
+
+        taken: IListeningPort = reactor.listenTCP(0, Factory(), interface="127.0.0.1")  # type: ignore[attr-defined]
+        self.addCleanup(taken.stopListening)
+        made = self.make("--listen", f"tcp:{taken.getHost().port}")  # type: ignore[attr-defined]
+        self.assertRaises(CannotListenError, made.privilegedStartService)
+        await made.stopService()
+
+    async def test_root_is_a_file(self) -> None:
+        (self.folder / "root").write_bytes(b"")
+        self.assertRaises(OSError, self.make)
+
+    async def test_default_listener(self) -> None:
+        """Without --listen there is TLS, with a certificate that is made for it, and hints how to use it."""
+        made = self.make("--port", str(free_port()))
+        self.assertEqual(len(made.hints), 2)
+        certificate = self.folder / "root" / ".lwstwisted" / "development.pem"
+        self.assertEqual(certificate.stat().st_mode & 0o777, 0o600)
+        self.assertEqual(self.make("--listen", "tcp:0").hints, [])
