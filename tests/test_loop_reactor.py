@@ -1,0 +1,312 @@
+"""LwsReactor: the order of a turn, one turn for each reader, a clock that nobody can set, and ``listenSSL``."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.error import ConnectionLost, ReactorNotRunning
+from twisted.internet.interfaces import IReactorSSL
+from twisted.internet.main import CONNECTION_LOST
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface.verify import verifyObject
+
+from lwstwisted.interfaces import IFakePollin, IPendingReads
+from lwstwisted.loop.reactor import LwsReactor
+from lwstwisted.loop.tls import READ_BUDGET, TLSPort, TLSTransport
+from tests.tls_peer import (
+    DEADLINE,
+    VERSIONS,
+    ListeningSink,
+    Loop,
+    Peer,
+    SinkFactory,
+    certificate_file,
+    cut,
+    discard,
+    pattern,
+    server_context,
+)
+
+
+class RecordingReactor(LwsReactor):
+    """Writes down what its turns do.
+
+    :ivar events: names of readers and timers, and ("wait", seconds).
+    """
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        super().__init__()
+
+    def doPoll(self, timeout: float | None) -> None:
+        self.events.append(("wait", timeout))
+        super().doPoll(DEADLINE if timeout is None else timeout)
+
+
+class Reader(FileDescriptor):
+    """One end of a socket pair that notes its turns and takes one byte in each."""
+
+    def __init__(self, reactor: RecordingReactor, name: str, then: Callable[[], object] = lambda: None) -> None:
+        super().__init__(reactor)
+        self.reactor, self.name, self.then = reactor, name, then
+        self.near, self.far = socket.socketpair()
+        self.near.setblocking(False)
+        self.far.setblocking(False)
+        self.fileno = self.near.fileno  # type: ignore[method-assign]
+        self.lost = 0
+        self.startReading()
+
+    def doRead(self) -> object:
+        self.reactor.events.append(self.name)
+        try:
+            self.near.recv(1)
+        except BlockingIOError:
+            pass
+        return self.then()
+
+    def connectionLost(self, reason: Any) -> None:
+        super().connectionLost(reason)
+        self.lost += 1
+        self.near.close()
+        self.far.close()
+
+
+class TurnTests(SynchronousTestCase):
+    """What happens in a turn, and in which order."""
+
+    def setUp(self) -> None:
+        self.reactor = RecordingReactor()
+        self.addCleanup(discard, self.reactor)
+        self.loop = Loop(self.reactor)
+        self.reactor.events.clear()
+
+    def reader(self, name: str, then: Callable[[], object] = lambda: None) -> Reader:
+        reader = Reader(self.reactor, name, then)
+        self.addCleanup(lambda: reader.lost or reader.connectionLost(None))
+        return reader
+
+    def events(self, wait: float | None = 0) -> list[Any]:
+        """What one more turn does."""
+        self.reactor.events.clear()
+        self.loop.turns += 1
+        self.reactor.runUntilCurrent()
+        self.reactor.doIteration(wait)
+        return list(self.reactor.events)
+
+    def test_interfaces(self) -> None:
+        """It says that it keeps a list and has the hook, and ``ssl:`` endpoints find it."""
+        for interface in (IPendingReads, IFakePollin, IReactorSSL):
+            verifyObject(interface, self.reactor)
+
+    def test_order(self) -> None:
+        """Row 6: timers, one wait that does not block, readers that the kernel announced, pending readers."""
+        pending, ready = self.reader("pending"), self.reader("ready")
+        ready.far.send(b"x")
+        self.reactor.addPending(pending)
+        self.reactor.callLater(0, self.reactor.events.append, "timer")
+        self.assertEqual(self.events(None), ["timer", ("wait", 0), "ready", "pending"])
+
+    def test_nobody_gets_two(self) -> None:
+        """A reader that is pending and announced by the kernel gets one turn, by the kernel's word."""
+        both, pending = self.reader("both"), self.reader("pending")
+        self.reactor.addPending(both)
+        self.reactor.addPending(pending)
+        both.far.send(b"x")
+        both.then = lambda: self.reactor.removePending(both)  # as every reader does that finds nothing left
+        self.assertEqual(self.events(), [("wait", 0), "both", "pending"])
+        self.assertEqual(self.events(), [("wait", 0)])
+
+    def test_nobody_gets_two_though_it_stays_pending(self) -> None:
+        """The same for one that is pending again afterwards: its next turn is in the next turn of the loop."""
+        both = self.reader("both")
+
+        def still_pending() -> None:
+            self.reactor.removePending(both)
+            self.reactor.addPending(both)
+
+        both.then = still_pending
+        self.reactor.addPending(both)
+        both.far.send(b"xx")
+        for _ in range(3):
+            self.assertEqual(self.events(), [("wait", 0), "both"])
+
+    def test_pending_again(self) -> None:
+        """Row 7: a pending reader that is pending again gets one turn in each turn, as long as it wants."""
+        reader = self.reader("reader")
+        reader.then = lambda: self.reactor.addPending(reader)
+        self.reactor.addPending(reader)
+        for _ in range(5):
+            self.assertEqual(self.events(None), [("wait", 0), "reader"])
+
+    def test_marked_by_another(self) -> None:
+        """A reader that another one's turn marks has its turn in the next, which does not block."""
+        second = self.reader("second")
+        first = self.reader("first", lambda: self.reactor.addPending(second))
+        first.far.send(b"x")
+        self.assertEqual(self.events(), [("wait", 0), "first"])
+        self.assertEqual(self.events(None), [("wait", 0), "second"])
+
+    def test_marked_by_a_timer(self) -> None:
+        """Row 11: a timer that marks a reader is in time for this turn."""
+        reader = self.reader("reader")
+        self.reactor.callLater(0, self.reactor.addPending, reader)
+        self.assertEqual(self.events(None), [("wait", 0), "reader"])
+
+    def test_unmarked_by_another(self) -> None:
+        """Row 21: who was closed or paused by an earlier reader of this turn is left alone."""
+        second = self.reader("second")
+        first = self.reader("first", lambda: self.reactor.removePending(second))
+        self.reactor.addPending(second)
+        first.far.send(b"x")
+        self.assertEqual(self.events(), [("wait", 0), "first"])
+        self.assertEqual(self.events(), [("wait", 0)])
+
+    def test_a_mark_taken_away_does_not_wake_the_loop(self) -> None:
+        """Row 3: nothing pending any more, so the wait may be as long as the timers allow."""
+        reader = self.reader("reader")
+        self.reactor.addPending(reader)
+        self.reactor.removePending(reader)
+        self.assertEqual(self.events(0.001), [("wait", 0.001)])
+
+    def test_waits_with_nothing_pending(self) -> None:
+        """An idle loop blocks until the next timer, or for an event if there is none."""
+        reader = self.reader("reader")
+        self.assertEqual(self.events(0.001), [("wait", 0.001)])
+        reader.far.send(b"x")
+        self.assertEqual(self.events(None), [("wait", None), "reader"])
+
+    def test_a_failure_disconnects(self) -> None:
+        """What a pending reader's turn returns ends its connection, once."""
+        reader = self.reader("reader", lambda: CONNECTION_LOST)
+        self.assertIsInstance(CONNECTION_LOST, ConnectionLost)
+        self.reactor.addPending(reader)
+        self.events()
+        self.assertEqual(self.events(), [("wait", 0)])
+        self.assertEqual(reader.lost, 1)
+        self.assertNotIn(reader, self.reactor.getReaders())
+
+    def test_short_timer(self) -> None:
+        """Row 24: a timer of less than a millisecond is waited for, not polled for."""
+        over: list[bool] = []
+        self.reactor.callLater(0.0004, over.append, True)
+        self.assertLessEqual(self.loop.until(lambda: over), 3)
+
+
+class ClockTests(SynchronousTestCase):
+    """An administrator sets the time while uploads run."""
+
+    def test_timers_are_monotonic(self) -> None:
+        """Neither a step forward nor one back moves a timer: they count on the clock that nobody can set."""
+        reactor = LwsReactor()
+        self.addCleanup(discard, reactor)
+        self.assertIs(reactor.seconds, time.monotonic)
+        before = time.monotonic()
+        call = reactor.callLater(10, lambda: None)
+        after = time.monotonic()
+        self.assertTrue(before + 10 <= call.getTime() <= after + 10)
+
+
+class ListenTests(SynchronousTestCase):
+    """``ssl:`` endpoints and ``listenSSL`` on our reactor."""
+
+    def setUp(self) -> None:
+        self.reactor = LwsReactor()
+        self.addCleanup(discard, self.reactor)
+        self.loop = Loop(self.reactor)
+        self.factory = SinkFactory()
+
+    def upload(self, port: int) -> None:
+        """Upload more than a budget, which ends in the middle of a record."""
+        sizes = 20 * [16384]
+        data = pattern(sum(sizes))
+        self.assertGreater(len(data), READ_BUDGET)
+        sinks = self.factory.sinks
+        for version in VERSIONS:
+            peer = Peer(port, version, self.loop.step)
+            self.addCleanup(peer.close)
+            peer.handshake()
+            peer.send(peer.seal(*cut(data, sizes)))
+            self.loop.until(lambda: sinks and len(sinks[-1].data) == len(data))
+            sink = sinks.pop()
+            self.assertEqual(sink.data, data)
+            self.assertIsInstance(sink.tls, TLSTransport)
+            sink.tls.abortConnection()
+
+    def test_listen_ssl(self) -> None:
+        """It returns a port of ours, as IReactorSSL says, and uploads arrive whole."""
+        port = self.reactor.listenSSL(0, self.factory, server_context(), interface="127.0.0.1")
+        self.assertIsInstance(port, TLSPort)
+        self.assertEqual(port.getHost().host, "127.0.0.1")
+        self.upload(port.getHost().port)
+
+    def test_endpoint(self) -> None:
+        """So does an ``ssl:`` endpoint, without a word about us in its description."""
+        with certificate_file() as pem, warnings.catch_warnings():
+            # Twisted 26.10 hands pyOpenSSL objects that pyOpenSSL 26 deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            endpoint = serverFromString(self.reactor, f"ssl:0:privateKey={pem}:certKey={pem}:interface=127.0.0.1")
+            port: Any = self.successResultOf(endpoint.listen(self.factory))
+            self.assertIsInstance(port, TLSPort)
+            self.upload(port.getHost().port)
+
+    def test_stops_listening(self) -> None:
+        """A port that stopped refuses the next client."""
+        port: Any = self.reactor.listenSSL(0, self.factory, server_context(), interface="127.0.0.1")
+        address = ("127.0.0.1", port.getHost().port)
+        stopped: list[object] = []
+        port.stopListening().addCallback(stopped.append)
+        self.loop.until(lambda: stopped)
+        self.assertRaises(ConnectionRefusedError, socket.create_connection, address)
+
+    def test_shutdown_with_data_pending(self) -> None:
+        """reactor.stop() amid an upload ends it once; nothing of it is left to run."""
+        ended: list[bool] = []
+
+        class Slow(ListeningSink):
+            def dataReceived(self, data: bytes) -> None:
+                super().dataReceived(data)
+                self.tls.pauseProducing()
+                self.tls.resumeProducing()
+
+        self.factory.kind = Slow
+        port: Any = self.reactor.listenSSL(0, self.factory, server_context(), interface="127.0.0.1")
+        peer = Peer(port.getHost().port, VERSIONS[1], self.loop.step)
+        self.addCleanup(peer.close)
+        peer.handshake()
+        peer.send(peer.seal(pattern(16384)))
+        self.loop.until(lambda: self.factory.sinks and self.factory.sinks[0].data)
+        self.reactor.addSystemEventTrigger("after", "shutdown", ended.append, True)
+        self.reactor.stop()
+        self.loop.until(lambda: ended)
+        self.assertEqual(len(self.factory.sinks[0].lost), 1)
+        self.assertRaises(ReactorNotRunning, self.reactor.stop)
+
+
+class InstallTests(SynchronousTestCase):
+    """``lwstwisted.loop.reactor.install()``, in a process of its own."""
+
+    def test_install(self) -> None:
+        """It makes ours the global reactor; where there is one already it says so."""
+        script = """
+from lwstwisted.loop.reactor import LwsReactor, install
+from twisted.internet.error import ReactorAlreadyInstalledError
+made = install()
+from twisted.internet import reactor
+assert reactor is made and isinstance(made, LwsReactor)
+try:
+    install()
+except ReactorAlreadyInstalledError:
+    print("well")
+"""
+        root = Path(__file__).parents[1]
+        done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
+        self.assertEqual((done.stdout, done.stderr), ("well\n", ""))
