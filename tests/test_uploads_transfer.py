@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import resource
 import shutil
 import socket
 import ssl
@@ -137,8 +138,8 @@ class Body:
         raise AssertionError("was never paused")
 
 
-def start(part: HeldFile, max_size: int = NO_LIMIT) -> tuple[Transfer, Body]:
-    transfer = Transfer(part, max_size)
+def start(part: HeldFile, max_size: int = NO_LIMIT, length: int | None = None) -> tuple[Transfer, Body]:
+    transfer = Transfer(part, length, max_size)
     return transfer, Body(transfer)
 
 
@@ -312,6 +313,33 @@ def small_blocks() -> Iterator[tuple[int, int]]:
         yield 64, 16
 
 
+def resident() -> int:
+    """Bytes of this process in memory (proc(5), statm)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+class SmallAndSlowTests(SynchronousTestCase):
+    """What an upload costs that is small, or that takes its time."""
+
+    def test_a_small_upload_is_one_call(self) -> None:
+        """One trip to the store's threads: the bytes go with the commit."""
+        part = HeldFile(at_once=True)
+        transfer, body = start(part, length=100_000)
+        body.send(60_000)
+        body.send(40_000)
+        self.successResultOf(Deferred.fromCoroutine(transfer.finish()))
+        self.assertEqual((part.blocks, len(part.committed or b"")), ([], 100_000))
+
+    def test_slow_uploads_occupy_what_they_sent(self) -> None:
+        """200 big uploads of which 4 KiB have arrived occupy less than 16 MiB together, not 200 blocks."""
+        start(HeldFile(), length=1)[1].send(1)
+        before = resident()
+        slow = [start(HeldFile(), length=2**30) for _ in range(200)]
+        for _, body in slow:
+            body.send(4096)
+        self.assertLess(resident() - before, 16 * 2**20)
+
+
 class CutTests(SynchronousTestCase):
     """Every byte once, however the body is cut and whenever the store answers."""
 
@@ -320,13 +348,14 @@ class CutTests(SynchronousTestCase):
         # True: the store answers. A number: a delivery of so many bytes.
         steps=st.lists(st.one_of(st.just(True), st.integers(0, 200)), max_size=40),
         at_once=st.booleans(),
+        is_announced=st.booleans(),
     )
-    def test_bytes_are_exact(self, steps: list[Any], at_once: bool) -> None:
+    def test_bytes_are_exact(self, steps: list[Any], at_once: bool, is_announced: bool) -> None:
         part = HeldFile(at_once=at_once)
         data = sample(sum(step for step in steps if step is not True))
         sent = 0
         with small_blocks() as (block, worth):
-            transfer, body = start(part)
+            transfer, body = start(part, length=len(data) if is_announced else None)
             for step in steps:
                 if step is True:
                     if part.held is not None:
@@ -353,8 +382,8 @@ class CutTests(SynchronousTestCase):
                 for size in (edge - 1, edge, edge + 1):
                     for delivery in (1, 7, 16, 63, 64, 65, 1000):
                         part = HeldFile(at_once=True)
-                        transfer, _ = start(part)
                         data = sample(size)
+                        transfer, _ = start(part, length=size if delivery % 2 else None)
                         for at in range(0, size, delivery):
                             transfer.bufferReceived(memoryview(data[at : at + delivery]))
                         self.successResultOf(Deferred.fromCoroutine(transfer.finish()))

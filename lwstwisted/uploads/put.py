@@ -25,7 +25,7 @@ async def put(request: Request, body: IRequestBody, store: Store, name: Name, ma
     _check_fields(request)
     if body.length is not None and body.length > max_size:
         raise Refused(errors.BODY_TOO_LARGE)
-    transfer = Transfer(await store.create(name, body.length), max_size)
+    transfer = Transfer(await store.create(name, body.length), body.length, max_size)
     try:
         await body.deliver_to(transfer)
         created = await transfer.finish()

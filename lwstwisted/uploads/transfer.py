@@ -11,7 +11,8 @@ however long the store takes. The last bytes of an upload go to the store togeth
 file costs one trip to the threads.
 
 **The price** is one copy, from the memory that the transport lends for the length of a call into a block.
-Blocks are used again, and their memory is not touched before it is filled: a slow upload occupies what it sent.
+Blocks are used again. A new one is mapped, not allocated: Python fills a new ``bytearray`` with zeros, which costs
+more than a small upload and makes a slow one occupy a whole block, while mapped memory counts when it is filled.
 
 **Errors.** The first failure of the store ends the body, and is what :meth:`Transfer.finish` raises. A body that
 is cut ends quietly for the store: :meth:`Transfer.abort` lets a write under way end, then discards the file.
@@ -19,6 +20,7 @@ is cut ends quietly for the store: :meth:`Transfer.abort` lets a write under way
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 from typing import cast
 
@@ -42,15 +44,20 @@ LOW = 1024 * 1024
 SPARE_BLOCKS = 8
 """Blocks kept for the next upload, in the whole process."""
 
-_spare: list[bytearray] = []
+_spare: list[memoryview] = []
 
 
-def _new_block() -> bytearray:
-    return _spare.pop() if _spare else bytearray(BLOCK)
+def _new_block(expected: int) -> memoryview:
+    """Memory for the next bytes of an upload, of which ``expected`` are still to come."""
+    if 0 < expected < WORTH_A_WRITE:
+        return memoryview(bytearray(expected))
+    if _spare:
+        return _spare.pop()
+    return memoryview(mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
-def _recycle(block: bytearray) -> None:
-    if len(_spare) < SPARE_BLOCKS:
+def _recycle(block: memoryview) -> None:
+    if len(block) == BLOCK and len(_spare) < SPARE_BLOCKS:
         _spare.append(block)
 
 
@@ -59,16 +66,18 @@ class Transfer:
     """The bytes of one upload on their way to the store.
 
     :param part: the unfinished file.
+    :param length: announced bytes, or None.
     :param max_size: bytes; more of them are refused.
     """
 
-    def __init__(self, part: PartialFile, max_size: int) -> None:
+    def __init__(self, part: PartialFile, length: int | None, max_size: int) -> None:
         self._part = part
+        self._length = length
         self._max_size = max_size
         self._producer: IPushProducer | None = None
-        self._block: bytearray | None = None
+        self._block: memoryview | None = None
         self._filled = 0
-        self._waiting: deque[tuple[bytearray, int]] = deque()
+        self._waiting: deque[tuple[memoryview, int]] = deque()
         self._marks = Watermarks(LOW, HIGH)
         self._is_writing = False
         self._settling: Deferred[None] | None = None
@@ -98,14 +107,15 @@ class Transfer:
             return
         is_full = self._marks.add(len(view))
         while view:
+            # A full block waits for the byte behind it: the last one goes to the store with the commit.
+            if self._block is not None and self._filled == len(self._block):
+                self._close_block()
             if self._block is None:
-                self._block = _new_block()
-            taken = min(BLOCK - self._filled, len(view))
+                self._block = _new_block(self._expected() + len(view))
+            taken = min(len(self._block) - self._filled, len(view))
             self._block[self._filled : self._filled + taken] = view[:taken]
             self._filled += taken
             view = view[taken:]
-            if self._filled == BLOCK:
-                self._close_block()
         # Before the write: a store that answers at once resumes the body inside it.
         if is_full and self._producer is not None:
             self._producer.pauseProducing()
@@ -113,8 +123,12 @@ class Transfer:
             self._is_writing = True
             Deferred.fromCoroutine(self._write_all())
 
+    def _expected(self) -> int:
+        """How many bytes are still to come."""
+        return BLOCK if self._length is None else self._length - self.received
+
     def _close_block(self) -> None:
-        if self._block is not None and self._filled:
+        if self._block is not None:
             self._waiting.append((self._block, self._filled))
             self._block = None
             self._filled = 0
@@ -128,7 +142,7 @@ class Transfer:
                 if not self._waiting:
                     break
                 block, filled = self._waiting.popleft()
-                await self._part.append(memoryview(block)[:filled])
+                await self._part.append(block[:filled])
                 _recycle(block)
                 if self._marks.remove(filled) and self._producer is not None:
                     self._producer.resumeProducing()
@@ -160,7 +174,7 @@ class Transfer:
         self._block, self._filled = None, 0
         if block is None:
             return await self._part.commit(memoryview(b""))
-        created = await self._part.commit(memoryview(block)[:filled])
+        created = await self._part.commit(block[:filled])
         _recycle(block)
         return created
 
