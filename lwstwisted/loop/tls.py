@@ -123,8 +123,7 @@ class PlaintextBuffer:
             got = read(ssl, self._memory + count, limit - count)
             if got <= 0:
                 # The public call meets the same condition, and knows its name.
-                rest, stopped = self._fill_by_recv_into(connection, limit, count)
-                return rest, stopped
+                return self._fill_by_recv_into(connection, limit, count)
             count += got
         return count, None
 
