@@ -1,0 +1,84 @@
+"""The README tells the truth: its promises have their tests, and its example runs."""
+
+from __future__ import annotations
+
+import ast
+import http.client
+import re
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from unittest import TestCase
+
+from tests.servers import free_port, serving, wait_until
+
+TOP = Path(__file__).parent.parent
+README = (TOP / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    """The text under a heading of the second level."""
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def classes_in(file: Path) -> dict[str, set[str]]:
+    """Test classes of a file and the methods that each has, its bases' in the same file included."""
+    classes = {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
+
+    def methods(name: str) -> set[str]:
+        if name not in classes:
+            return set()
+        own = {item.name for item in classes[name].body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))}
+        return own.union(*(methods(base.id) for base in classes[name].bases if isinstance(base, ast.Name)))
+
+    return {name: {method for method in methods(name) if method.startswith("test_")} for name in classes}
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class PromiseTests(TestCase):
+    """Who doubts a promise can run its test by the name that stands behind it."""
+
+    def test_each_promise_has_its_tests(self) -> None:
+        promises = section("What it promises").split("\n* ")[1:]
+        self.assertGreater(len(promises), 5)
+        for promise in promises:
+            file, name, found = "", "", 0
+            for word in re.findall(r"`([\w/.:]+)`", promise):
+                # A name without a file is in the file named last; a method alone in the class named last.
+                path, _, rest = word.rpartition(".py::")
+                file = f"{path}.py" if path else file
+                if not file or not re.fullmatch(r"[A-Z]\w*Tests(::test_\w+)?|test_\w+", rest):
+                    continue
+                tests = classes_in(TOP / file)
+                head, _, method = rest.partition("::")
+                name, method = (name, head) if head.startswith("test_") else (head, method)
+                self.assertTrue(tests.get(name), f"{word} in: {promise}")
+                self.assertTrue(not method or method in tests[name], f"{word} in: {promise}")
+                found += 1
+            self.assertTrue(found, f"no test is named in: {promise}")
+
+
+class ExampleTests(TestCase):
+    """A stranger pastes the example, and it serves."""
+
+    def test_embedding(self) -> None:
+        code = re.search(r"```python\n(.*?)```", section("Running it"), re.DOTALL)
+        assert code is not None
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            port = free_port()
+            script = folder / "example.py"
+            script.write_text(code[1].replace("tcp:8080", f"tcp:{port}"))
+            with serving([sys.executable, script], cwd=folder, environment={"PYTHONPATH": str(TOP)}):
+                wait_until(lambda: answers(port), "the example listens")
+                connection = http.client.HTTPConnection("127.0.0.1", port)
+                connection.request("PUT", "/files/a/b", b"contents")
+                self.assertEqual(connection.getresponse().status, 201)
+                connection.close()
+            self.assertEqual((folder / "uploads/a/b").read_bytes(), b"contents")
