@@ -13,8 +13,9 @@ The map. A module imports only from floors below its own, and the number is its 
   certificate.py   0  a self-signed certificate for trying things out
   loop/               bytes arrive
     pending.py     1  the pending-read list, the optional hook, the default path
-    reactor.py     3  the reactor: merges pending readers into each turn
     tls.py         2  the TLS transport: bounded reads, exact pause
+    reactor.py     3  the reactors that poll: they merge pending readers into each turn
+    foreign.py     4  the reactor on a loop that drives itself: asyncio, uvloop
   web/                bytes become a request whose body a resource can watch arriving
     wire.py        1  HTTP/1.1 framing without I/O
     body.py        2  the body of a request while it arrives

@@ -13,6 +13,7 @@ import threading
 from types import ModuleType
 from typing import Any
 
+import uvloop
 from twisted.internet.asyncioreactor import AsyncioSelectorReactor
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.interfaces import IReadDescriptor
@@ -23,8 +24,9 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
 from lwstwisted.interfaces import IFakePollin, IPendingReads
+from lwstwisted.loop.foreign import LwsAsyncioReactor
 from lwstwisted.loop.pending import pending_reads
-from lwstwisted.loop.reactor import LwsReactor
+from lwstwisted.loop.reactor import LwsPollReactor, LwsReactor, LwsSelectReactor
 from lwstwisted.loop.tls import TLSTransport, find_ssl_read, has_transport_names
 from tests.tls_peer import (
     DEADLINE,
@@ -317,6 +319,36 @@ class AsyncioReactorTests(Completes, SynchronousTestCase):
         return AsyncioSelectorReactor(loop)
 
 
+class LwsPollReactorTests(Completes, SynchronousTestCase):
+    """Row 2 on our reactor, on poll(2)."""
+
+    make_reactor = LwsPollReactor
+
+
+class LwsSelectReactorTests(Completes, SynchronousTestCase):
+    """Row 2 on our reactor, on select(2)."""
+
+    make_reactor = LwsSelectReactor
+
+
+class LwsAsyncioReactorTests(Completes, SynchronousTestCase):
+    """Row 2 on asyncio, with the hook."""
+
+    counts_turns = False
+    new_loop = staticmethod(asyncio.SelectorEventLoop)
+
+    def make_reactor(self) -> Any:
+        loop = self.new_loop()
+        self.addCleanup(loop.close)
+        return LwsAsyncioReactor(loop)
+
+
+class LwsUvloopReactorTests(LwsAsyncioReactorTests):
+    """Row 2 on uvloop, with the hook."""
+
+    new_loop = staticmethod(uvloop.new_event_loop)
+
+
 class RefusingHookTests(Completes, SynchronousTestCase):
     """Row 4: a hook that answers False is asked, and then the default path does the work."""
 
@@ -338,7 +370,7 @@ class OwnQueueTests(Completes, SynchronousTestCase):
 
 
 class PublicCallsTests(Completes, SynchronousTestCase):
-    """Row 2 where the binding beneath pyOpenSSL is not found: its public ``recv_into``."""
+    """Row 2 where the binding beneath pyOpenSSL is not found: its public ``recv``."""
 
     make_reactor = LwsReactor
     tls = {"binding": None}

@@ -13,6 +13,7 @@ from typing import Any
 
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.endpoints import serverFromString
+from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionLost, ReactorNotRunning
 from twisted.internet.interfaces import IReactorSSL
 from twisted.internet.main import CONNECTION_LOST
@@ -20,7 +21,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from lwstwisted.interfaces import IFakePollin, IPendingReads
-from lwstwisted.loop.reactor import LwsReactor
+from lwstwisted.loop.reactor import LwsReactor, MergingReactor
 from lwstwisted.loop.tls import READ_BUDGET, TLSPort, TLSTransport
 from tests.tls_peer import (
     DEADLINE,
@@ -37,19 +38,25 @@ from tests.tls_peer import (
 )
 
 
-class RecordingReactor(LwsReactor):
+class RecordingWait(EPollReactor):
+    """A stock reactor that writes down how long it was told to wait."""
+
+    events: list[Any]
+
+    def doIteration(self, timeout: float | None) -> None:
+        self.events.append(("wait", timeout))
+        self.doPoll(DEADLINE if timeout is None else timeout)
+
+
+class RecordingReactor(MergingReactor, RecordingWait):
     """Writes down what its turns do.
 
     :ivar events: names of readers and timers, and ("wait", seconds).
     """
 
     def __init__(self) -> None:
-        self.events: list[Any] = []
+        self.events = []
         super().__init__()
-
-    def doPoll(self, timeout: float | None) -> None:
-        self.events.append(("wait", timeout))
-        super().doPoll(DEADLINE if timeout is None else timeout)
 
 
 class Reader(FileDescriptor):
@@ -297,7 +304,8 @@ class InstallTests(SynchronousTestCase):
     def test_install(self) -> None:
         """It makes ours the global reactor; where there is one already it says so."""
         script = """
-from lwstwisted.loop.reactor import LwsReactor, install
+from twisted.internet.epollreactor import EPollReactor
+from lwstwisted.loop.reactor import MergingReactor, LwsReactor, install
 from twisted.internet.error import ReactorAlreadyInstalledError
 made = install()
 from twisted.internet import reactor

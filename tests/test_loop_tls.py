@@ -429,6 +429,19 @@ class EndTests(TalkTestCase):
                 self.assertEqual(len(self.flushLoggedErrors(Boom)), 1)
                 self.assert_gone(talk)
 
+    def test_protocol_raises_at_the_loss(self) -> None:
+        """A bug that shows when the rest arrives after the connection is lost: logged, and the end is told."""
+        for talk in self.every_talk():
+            self.start(talk)
+
+            def fail(sink: Sink) -> None:
+                raise Boom
+
+            talk.factory.on_delivery = fail
+            talk.sink.descriptor.connectionLost(Failure(ConnectionLost()))
+            self.assertEqual(len(self.flushLoggedErrors(Boom)), 1)
+            self.assert_gone(talk)
+
     def test_protocol_closes(self) -> None:
         """loseConnection() inside a delivery: the rest is thrown away, and the peer gets a proper goodbye."""
         for talk in self.every_talk():

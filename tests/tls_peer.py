@@ -320,7 +320,7 @@ class SinkFactory(Factory):
 
 def listen_on_our_port(reactor: Any, factory: Factory, budget: int, **tls: Any) -> Any:
     """Our port, whose descriptors read for the TLS layer."""
-    port = TLSPort(0, TLSFactory(server_context(), factory, reactor, budget, **tls), 200, "127.0.0.1", reactor)
+    port = TLSPort(0, TLSFactory(server_context(), False, factory, reactor, budget, **tls), 200, "127.0.0.1", reactor)
     port.startListening()
     port.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
     return port
@@ -328,7 +328,7 @@ def listen_on_our_port(reactor: Any, factory: Factory, budget: int, **tls: Any) 
 
 def listen_on_stock_port(reactor: Any, factory: Factory, budget: int, **tls: Any) -> Any:
     """A port of Twisted's own, as a wrapping endpoint uses it: ciphertext comes by ``dataReceived``."""
-    wrapped = TLSFactory(server_context(), factory, reactor, budget, **tls)
+    wrapped = TLSFactory(server_context(), False, factory, reactor, budget, **tls)
     port = reactor.listenTCP(0, wrapped, 200, "127.0.0.1")
     port.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
     return port

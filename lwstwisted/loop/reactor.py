@@ -1,4 +1,4 @@
-"""LwsReactor: an epoll reactor whose turn includes the readers that only TLS knows of.
+"""Reactors that know of input pending inside TLS: on epoll, poll and select.
 
 One turn, in this order: timers; then one wait, which does not block while a pending reader may
 read; then one ``doRead`` for each reader that the kernel announced; then one for each pending reader
@@ -11,33 +11,49 @@ who sets the time forward by an hour fires every timeout at once.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Self
 
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IReadDescriptor
 from twisted.internet.main import installReactor
+from twisted.internet.pollreactor import PollReactor
+from twisted.internet.selectreactor import SelectReactor
 from zope.interface import implementer
 
 from lwstwisted.interfaces import IFakePollin, IPendingReads
 from lwstwisted.loop.pending import PendingReads
-from lwstwisted.loop.tls import TLSFactory, TLSPort
+from lwstwisted.loop.tls import TLSFactory, TLSPort, make_default
 
 try:
-    from twisted.internet.epollreactor import EPollReactor as PollingReactor
+    from twisted.internet.epollreactor import EPollReactor as BestReactor
 except ImportError:  # no epoll(7) on this platform
-    from twisted.internet.pollreactor import PollReactor as PollingReactor  # type: ignore[assignment]
+    BestReactor = PollReactor  # type: ignore[assignment,misc]
 
 
 @implementer(IPendingReads, IFakePollin)
-class LwsReactor(PollingReactor):
-    """The reactor behind ``--reactor=lws``."""
+class PendingReadsReactor:
+    """What is added to any stock reactor; to be named before it among the bases."""
 
     # A staticmethod, because the reactor's own code and applications call reactor.seconds().
     seconds = staticmethod(time.monotonic)
 
-    def __init__(self) -> None:
+    def __init__(self, *args: Any) -> None:
         self._faked: dict[IReadDescriptor, None] = {}
         self._pending = PendingReads(self)
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(*args)
+
+    @classmethod
+    def install(cls) -> Self:
+        """Make a new one the global reactor, and its TLS transport the one of all TLS in this process.
+
+        :raises twisted.internet.error.ReactorAlreadyInstalledError: if there is a reactor.
+        """
+        return cls._installed(cls())
+
+    @classmethod
+    def _installed(cls, reactor: Self) -> Self:
+        installReactor(reactor)
+        make_default()
+        return reactor
 
     def addPending(self, reader: IReadDescriptor) -> None:
         """See :class:`~lwstwisted.interfaces.IPendingReads`."""
@@ -52,20 +68,6 @@ class LwsReactor(PollingReactor):
         self._faked.update(dict.fromkeys(readers))
         return True
 
-    def doIteration(self, timeout: float | None) -> None:
-        """Wait for events and serve them, then the readers that the kernel cannot announce.
-
-        :param timeout: seconds to wait at most; None waits for an event.
-        """
-        # Taken out before anything is dispatched: what is queued from now on is for the next turn.
-        faked, self._faked = self._faked, {}
-        may_read = any(reader in self._pending for reader in faked)
-        self.doPoll(0 if may_read else timeout)  # type: ignore[no-untyped-call]
-        for reader in faked:
-            # Queued again: it had its turn by the kernel's word, and is still pending.
-            if reader not in self._faked:
-                self._pending.service(reader)
-
     def listenSSL(
         self,
         port: int,
@@ -75,16 +77,43 @@ class LwsReactor(PollingReactor):
         interface: str = "",
     ) -> IListeningPort:
         """See ``IReactorSSL``; every ``ssl:`` endpoint comes through here."""
-        listening = TLSPort(port, TLSFactory(contextFactory, factory, self), backlog, interface, self)
+        wrapped = TLSFactory(contextFactory, False, factory, self)
+        listening = TLSPort(port, wrapped, backlog, interface, self)
         listening.startListening()
         return listening
 
+    def _serve_faked(self, faked: dict[IReadDescriptor, None]) -> None:
+        for reader in faked:
+            # Queued again: it had its turn by the kernel's word, and is still pending.
+            if reader not in self._faked:
+                self._pending.service(reader)
 
-def install() -> LwsReactor:
-    """Make a new LwsReactor the global reactor.
 
-    :raises twisted.internet.error.ReactorAlreadyInstalledError: if there is one.
-    """
-    reactor = LwsReactor()
-    installReactor(reactor)
-    return reactor
+class MergingReactor(PendingReadsReactor):
+    """What is added to a stock reactor that polls by itself: pending readers are merged behind its wait."""
+
+    def doIteration(self, timeout: float | None) -> None:
+        """Wait for events and serve them, then the readers that the kernel cannot announce.
+
+        :param timeout: seconds to wait at most; None waits for an event.
+        """
+        # Taken out before anything is dispatched: what is queued from now on is for the next turn.
+        faked, self._faked = self._faked, {}
+        may_read = any(reader in self._pending for reader in faked)
+        super().doIteration(0 if may_read else timeout)  # type: ignore[misc]
+        self._serve_faked(faked)
+
+
+class LwsReactor(MergingReactor, BestReactor):
+    """The reactor behind ``--reactor=lws``: on epoll, where there is one."""
+
+
+class LwsPollReactor(MergingReactor, PollReactor):
+    """The reactor behind ``--reactor=lws-poll``."""
+
+
+class LwsSelectReactor(MergingReactor, SelectReactor):
+    """The reactor behind ``--reactor=lws-select``."""
+
+
+install = LwsReactor.install

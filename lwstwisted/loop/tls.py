@@ -19,7 +19,7 @@ Two ways to be read, the optional one and the default one:
 
 **The price**: names of Twisted and pyOpenSSL that are not public. All of them are in the first section below,
 they are looked up at import, and without them there is a way back that tests walk: stock Twisted's transport,
-and pyOpenSSL's ``recv_into``.
+and pyOpenSSL's ``recv``.
 
 **Roads not taken**: OpenSSL directly on the socket costs as much as it saves (two ``read()`` for each
 record), and breaks tests of Twisted's own suites. A pause by dropping out of the loop alone, as if the
@@ -101,7 +101,7 @@ class PlaintextBuffer:
     def __init__(self, size: int, binding: tuple[Any, Any] | None) -> None:
         memory = bytearray(size)
         self.view = memoryview(memory)
-        self.fill: Callable[[SSL.Connection, int], tuple[int, SSL.Error | None]] = self._fill_by_recv_into
+        self.fill: Callable[[SSL.Connection, int], tuple[int, SSL.Error | None]] = self._fill_by_recv
         if binding is not None:
             self._ssl_read = binding[0]
             self._memory = binding[1](memory)
@@ -116,26 +116,58 @@ class PlaintextBuffer:
         """
         ssl = getattr(connection, "_ssl", None)
         if ssl is None:
-            return self._fill_by_recv_into(connection, limit)
+            return self._fill_by_recv(connection, limit)
         count = 0
         read = self._ssl_read
         while count < limit:
             got = read(ssl, self._memory + count, limit - count)
             if got <= 0:
                 # The public call meets the same condition, and knows its name.
-                return self._fill_by_recv_into(connection, limit, count)
+                return self._fill_by_recv(connection, limit, count)
             count += got
         return count, None
 
-    def _fill_by_recv_into(
+    def _fill_by_recv(
         self, connection: SSL.Connection, limit: int, count: int = 0
     ) -> tuple[int, SSL.Error | None]:
         try:
             while count < limit:
-                count += connection.recv_into(self.view[count:limit])
+                data = connection.recv(limit - count)
+                self.view[count : count + len(data)] = data
+                count += len(data)
         except SSL.Error as stopped:
             return count, stopped
         return count, None
+
+
+class PlaintextBuffers:
+    """Buffers that connections take turns with.
+
+    :param binding: what :func:`find_ssl_read` found.
+    """
+
+    def __init__(self, binding: tuple[Any, Any] | None) -> None:
+        self._binding = binding
+        self._spare: list[PlaintextBuffer] = []
+
+    def borrow(self) -> PlaintextBuffer:
+        """Take one: the spare one, or a new one where a delivery leads to another delivery."""
+        return self._spare.pop() if self._spare else PlaintextBuffer(READ_BUDGET, self._binding)
+
+    def give_back(self, buffer: PlaintextBuffer) -> None:
+        """Leave it to the next connection."""
+        self._spare.append(buffer)
+
+
+_buffers = PlaintextBuffers(_binding)
+
+
+def _reactor_below(transport: Any) -> Any:
+    """The reactor that reads for a transport; the global one for a transport that doesn't tell."""
+    found = getattr(transport, "reactor", None)
+    if found is None:
+        from twisted.internet import reactor as found
+    return found
 
 
 class TLSTransport(BufferingTLSTransport):
@@ -146,17 +178,19 @@ class TLSTransport(BufferingTLSTransport):
     :class:`~lwstwisted.interfaces.IBufferReceiver` gets memoryviews.
     """
 
-    factory: TLSFactory
     _paused = False
     _leftover = False
     _delivering = False
+    _deaf = False  # closed by us at a place from which the rest of the stream can't be delivered whole
     _broken = False  # the protocol raised: it gets nothing more but its connectionLost
     _ending = False  # the transport below is gone
     _reading_below = True
 
     def makeConnection(self, transport: Any) -> None:
         """See ``IProtocol``."""
-        self._pending = pending_reads(self.factory.reactor)
+        self._budget = getattr(self.factory, "budget", READ_BUDGET)
+        self._buffers = getattr(self.factory, "buffers", _buffers)
+        self._pending = pending_reads(_reactor_below(transport))
         self._reader: Any = transport if isinstance(transport, TLSServer) else self
         self._takes_views = IBufferReceiver.providedBy(self.wrappedProtocol)
         super().makeConnection(transport)  # type: ignore[no-untyped-call]
@@ -172,6 +206,7 @@ class TLSTransport(BufferingTLSTransport):
     def pauseProducing(self) -> None:
         """Deliver nothing from now on."""
         self._paused = True
+        self._deaf = self._deaf or bool(self.disconnecting)
         self._pending.removePending(self._reader)
         self._settle()
 
@@ -200,14 +235,15 @@ class TLSTransport(BufferingTLSTransport):
             log.err()
             self.abortConnection()
 
-    def logPrefix(self) -> str:
-        """See ``ILoggingContext``."""
-        return f"{self.wrappedProtocol.__class__.__name__} (TLS)"
-
     # Closing
 
     def loseConnection(self) -> None:
-        """Close after what was written is sent. Nothing more is delivered; the peer's end is awaited."""
+        """Close after what was written is sent, and the peer has ended its side.
+
+        Called inside a delivery or during a pause it ends the deliveries: what the peer still sends is thrown
+        away. Otherwise that is delivered, as stock does.
+        """
+        self._deaf = self._deaf or self._delivering or self._paused
         super().loseConnection()
         if self.disconnecting and self._leftover and not self._delivering and not self._ending:
             self._pending.addPending(self._reader)
@@ -236,11 +272,11 @@ class TLSTransport(BufferingTLSTransport):
         if self._delivering:
             # Called from below while the protocol is being called: this loop goes on anyway.
             return
-        buffer = self.factory.borrow_buffer()
+        buffer = self._buffers.borrow()
         try:
             self._leftover = self._take_out(buffer) and not self._ending
         finally:
-            self.factory.return_buffer(buffer)
+            self._buffers.give_back(buffer)
         if not self._ending:
             self._flushSendBIO()
             if self._leftover and not self._holds_back():
@@ -249,7 +285,7 @@ class TLSTransport(BufferingTLSTransport):
 
     def _take_out(self, buffer: PlaintextBuffer) -> bool:
         """Deliver plaintext. Returns whether some may be left."""
-        limit = min(self.factory.budget, len(buffer.view))
+        limit = min(self._budget, len(buffer.view))
         while not (self._lostTLSConnection or self._aborted or self._broken):
             if self._holds_back():
                 return True
@@ -276,11 +312,11 @@ class TLSTransport(BufferingTLSTransport):
         return cast(SSL.Connection, self.getHandle())  # type: ignore[no-untyped-call]
 
     def _holds_back(self) -> bool:
-        """Whether plaintext must stay where it is; after loseConnection() it is thrown away instead."""
-        return self._paused and not self.disconnecting
+        """Whether plaintext must stay where it is."""
+        return self._paused and not self._deaf
 
     def _deliver(self, view: memoryview) -> None:
-        if self.disconnecting or self._aborted:
+        if self._deaf or self._aborted:
             return
         self._delivering = True
         try:
@@ -291,7 +327,9 @@ class TLSTransport(BufferingTLSTransport):
                 self.wrappedProtocol.dataReceived(bytes(view))
         except BaseException:
             self._broken = True
-            raise
+            if not self._ending:
+                raise
+            log.err()  # raised into connectionLost() it would keep the protocol from hearing of the end
         finally:
             self._delivering = False
 
@@ -326,11 +364,12 @@ class TLSTransport(BufferingTLSTransport):
 
 
 class TLSFactory(TLSMemoryBIOFactory):
-    """Wraps the connections of a factory in TLS, as the server.
+    """A ``TLSMemoryBIOFactory`` with :class:`TLSTransport`, on any reactor.
 
     :param context_factory: what ``TLSMemoryBIOFactory`` takes, such as ``CertificateOptions``.
+    :param is_client: whether it begins the handshake.
     :param wrapped: the factory of the protocols above.
-    :param reactor: the reactor whose pending-read list is used.
+    :param reactor: for the writes that are gathered.
     :param budget: plaintext bytes of one connection in one turn, at most :data:`READ_BUDGET`.
     :param base: the stock transport; a test's way to one without the names that we need.
     :param binding: what :func:`find_ssl_read` found; None for the public calls only.
@@ -339,26 +378,27 @@ class TLSFactory(TLSMemoryBIOFactory):
     def __init__(
         self,
         context_factory: Any,
+        is_client: bool,
         wrapped: IProtocolFactory,
         reactor: Any,
         budget: int = READ_BUDGET,
         base: type[TLSMemoryBIOProtocol] = BufferingTLSTransport,
         binding: tuple[Any, Any] | None = _binding,
     ) -> None:
-        super().__init__(context_factory, False, wrapped, clock=reactor)
+        super().__init__(context_factory, is_client, wrapped, clock=reactor)
         self.protocol = TLSTransport if has_transport_names(base) else base
-        self.reactor = reactor
         self.budget = budget
-        self._binding = binding
-        self._spare: list[PlaintextBuffer] = []
+        self.buffers = _buffers if binding is _binding else PlaintextBuffers(binding)
 
-    def borrow_buffer(self) -> PlaintextBuffer:
-        """Take a buffer: the spare one, or a new one where a delivery leads to another delivery."""
-        return self._spare.pop() if self._spare else PlaintextBuffer(READ_BUDGET, self._binding)
 
-    def return_buffer(self, buffer: PlaintextBuffer) -> None:
-        """Give a buffer back."""
-        self._spare.append(buffer)
+def make_default() -> None:
+    """Let everything in this process that wraps connections in TLS use :class:`TLSTransport`.
+
+    So do ``connectSSL``, ``startTLS`` and the endpoints of client and server: all of them ask
+    ``TLSMemoryBIOFactory.protocol``.
+    """
+    if has_transport_names(BufferingTLSTransport):
+        TLSMemoryBIOFactory.protocol = TLSTransport
 
 
 _ciphertext = memoryview(bytearray(CIPHERTEXT_READ))

@@ -1,0 +1,67 @@
+"""A loop that drives itself: asyncio's, or uvloop's, with the same pending-read list.
+
+There is no wait of ours to merge anything behind. Here ``fake_pollin`` asks the loop for a call in
+its next turn: one for a whole batch of readers, however many become pending in one turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Self
+
+from twisted.internet.asyncioreactor import AsyncioSelectorReactor
+from twisted.internet.interfaces import IReadDescriptor
+
+from lwstwisted.loop.reactor import PendingReadsReactor
+
+EVENT_LOOP = "LWSTWISTED_EVENT_LOOP"
+"""Environment variable: ``uvloop`` runs ``--reactor=lws-asyncio`` on that; unset or ``asyncio``, on asyncio's own."""
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A loop as :data:`EVENT_LOOP` wants it.
+
+    :raises ValueError: if it names another one.
+    :raises ImportError: if uvloop is wanted and not installed.
+    """
+    wanted = os.environ.get(EVENT_LOOP, "asyncio")
+    if wanted == "uvloop":
+        import uvloop
+
+        loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+        return loop
+    if wanted != "asyncio":
+        raise ValueError(f"{EVENT_LOOP} is asyncio or uvloop, not {wanted}")
+    return asyncio.SelectorEventLoop()
+
+
+class LwsAsyncioReactor(PendingReadsReactor, AsyncioSelectorReactor):
+    """The reactor behind ``--reactor=lws-asyncio``.
+
+    :param loop: the event loop; a new one of asyncio's by default.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._loop = asyncio.SelectorEventLoop() if loop is None else loop
+        super().__init__(self._loop)
+
+    @classmethod
+    def install(cls) -> Self:
+        """See :class:`~lwstwisted.loop.reactor.PendingReadsReactor`; :data:`EVENT_LOOP` says which loop."""
+        loop = new_event_loop()
+        asyncio.set_event_loop(loop)
+        return cls._installed(cls(loop))
+
+    def fake_pollin(self, readers: list[IReadDescriptor]) -> bool:
+        """Ask the loop for one call for all that become pending before it; always True."""
+        if not self._faked:
+            self._loop.call_soon(self._run_faked)
+        return super().fake_pollin(readers)
+
+    def _run_faked(self) -> None:
+        faked, self._faked = self._faked, {}
+        self._serve_faked(faked)
+
+
+install = LwsAsyncioReactor.install
