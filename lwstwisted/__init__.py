@@ -20,6 +20,7 @@ The map. A module imports only from floors below its own, and the number is its 
     wire.py        1  HTTP/1.1 framing without I/O
     body.py        2  the body of a request while it arrives
     deadline.py    1  one timer for one connection
+    answers.py     1  what a refused client is told, and whether it reads it
     channel.py     3  the protocol: between transport, framing and requests
     site.py        4  a twisted.web Site for resources that take a body as it comes
   stores/             a body becomes a file

@@ -82,6 +82,7 @@ UNKNOWN_EXPECTATION = Refusal(
     "unknown_expectation", 417, "The only supported expectation is 'Expect: 100-continue'."
 )
 HEAD_TIMEOUT = Refusal("head_timeout", 408, "The request head did not arrive in time.")
+BODY_SHORT = Refusal("body_short", 400, "The request body ended before its announced length.")
 BODY_TIMEOUT = Refusal("body_timeout", 408, "The request body stopped arriving.")
 
 BAD_FORM = Refusal("bad_form", 400, "The form in the request body is malformed.")

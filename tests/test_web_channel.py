@@ -42,7 +42,6 @@ from lwstwisted.web.channel import (
     CLOSE_TIME,
     HEAD_TIME,
     IDLE_TIME,
-    LINGER_BYTES,
     LINGER_TIME,
     READ_AHEAD,
     UNREAD_TIME,
@@ -512,21 +511,30 @@ class RefusalTests(SynchronousTestCase):
         talk.send(put(b"x", length=10**9))
         self.assertEqual(talk.statuses, [413])
         self.assertFalse(talk.is_closed)
-        sent = talk.send_while_wanted(bytes(10**6), 8192)
-        self.assertLessEqual(sent, LINGER_BYTES + 8192)
-        self.assertGreaterEqual(sent, LINGER_BYTES)
+        self.assertEqual(talk.send_while_wanted(bytes(10**6), 8192), 10**6)
         talk.clock.advance(LINGER_TIME - 0.1)
         self.assertFalse(talk.is_closed)
         talk.clock.advance(0.2)
         self.assertTrue(talk.is_closed)
         self.assertEqual(talk.statuses, [413])
 
-    def test_lingering_counts_from_the_refusal(self) -> None:
-        """What came in one packet with the refused bytes is a part of the 64 KiB."""
-        talk = Talk(Taker())
-        talk.send(b"rubbish\n" + bytes(LINGER_BYTES))
-        talk.send(b"x")
-        self.assertEqual(talk.transport.producerState, "paused")
+    def test_refused_during_a_pause(self) -> None:
+        """A resource that refuses while its body is paused and more of it is here: one answer, and the end."""
+        taken: list[object] = []
+
+        async def receive(request: Request, body: IRequestBody) -> None:
+            sink = Sink()
+            sink.on_piece = lambda: sink.producer.pauseProducing()  # type: ignore[union-attr]
+            body.deliver_to(sink).addBoth(taken.append)
+            raise Refused(errors.DISK_FULL)
+
+        for end in (b"", b"0\r\n\r\n"):
+            talk = Talk(receive)
+            talk.send(chunked(b"4\r\nabcd\r\n" * 50 + end))
+            self.assertEqual(talk.statuses, [507])
+            self.assertIsInstance(taken.pop().value, BodyCut)  # type: ignore[attr-defined]
+            talk.clock.advance(LINGER_TIME + 1)
+            self.assertTrue(talk.is_closed)
 
     def test_lingering_takes_no_request(self) -> None:
         """Nothing behind an early answer is read as a request."""
@@ -1299,15 +1307,23 @@ class UnreadTests(SynchronousTestCase):
         """A download whose last piece and end come together leaves an idle connection, which is not cut early."""
         talk = Talk(self.held, self.transport)
         talk.send(get())
-        producer = Pull(self.requests[0], 2, b"x")
-        self.transport.drain()
-        producer.request.unregisterProducer()
-        producer.request.finish()
+        Pull(self.requests[0], 2, b"x")
+        talk.clock.advance(0)
         talk.clock.advance(IDLE_TIME - 1)
         self.assertFalse(talk.is_aborted)
         self.assertEqual([(a.body, a.closes) for a in talk.answers], [(b"xx", False)])
         talk.clock.advance(1)
         self.assertTrue(talk.is_closed)
+
+    def test_pull_that_writes_nothing(self) -> None:
+        """The answer to HEAD swallows what a pulled producer writes; the next request is answered all the same."""
+        talk = Talk(self.held, self.transport)
+        talk.send(get().replace(b"GET", b"HEAD") + get())
+        self.requests[0].setHeader(b"Content-Length", b"3")
+        Pull(self.requests[0], 3, b"x")
+        for _ in range(10):
+            talk.clock.advance(1)
+        self.assertEqual(len(self.requests), 2)
 
     def test_unread_pull(self) -> None:
         """A download that is pulled is cut when nothing of it is read."""
@@ -1458,6 +1474,40 @@ class SocketContract:
 
         self.assertEqual([a.status for a in answers(await deferToThread(client))], [413])
 
+    async def test_refused_blindly_sending(self) -> None:
+        """lws-cases 27: one that sends 50 MB without looking gets rid of all of it, and then finds the 413."""
+        port = self.serve(self.refuse())
+
+        def client() -> bytes:
+            with connect(port, self.context) as connection:
+                connection.sendall(put(bytes(50_000_000)))
+                return read(connection, b"accepts.\n")
+
+        self.assertEqual([(a.status, a.closes) for a in answers(await deferToThread(client))], [(413, True)])
+
+    async def test_slow_reader(self) -> None:
+        """One that reads its answer slowly has it whole, though it takes longer than a client may read nothing."""
+        self.patch(channel_module, "CLOSE_TIME", 0.5)
+        self.patch(channel_module, "UNREAD_TIME", 0.5)
+        size = 4_000_000
+
+        async def receive(request: Request, body: IRequestBody) -> None:
+            ok(request, b"x" * size)
+
+        port = self.serve(receive)
+
+        def client() -> int:
+            with connect(port, self.context) as connection:
+                connection.sendall(get().replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+                found = read(connection, b"\r\n\r\n").partition(b"\r\n\r\n")[2]
+                count = len(found)
+                while count < size and (piece := connection.recv(100_000)):
+                    count += len(piece)
+                    time.sleep(0.02)  # the line is slow
+                return count
+
+        self.assertEqual(await deferToThread(client), size)
+
     async def test_continue_is_quick(self) -> None:
         """lws-cases 30: a client that waits for 100 does not lose its second."""
         port = self.serve(Taker())
@@ -1584,26 +1634,29 @@ class TCPTests(SocketContract, TestCase):
         self.assertEqual([(a.status, a.closes) for a in answers(found)], [(413, True)])
         self.assertLess(took, LINGER_TIME)
 
-    async def test_refused_blindly_sending(self) -> None:
-        """lws-cases 27: one that sends 50 MB without looking, and reads when it cannot go on, finds the 413 too."""
-        self.patch(channel_module, "LINGER_TIME", 0.3)
-        port = self.serve(self.refuse())
+    async def test_ends_its_side_behind_a_whole_request(self) -> None:
+        """A client that says "that was all" behind its upload (``nc -N``) gets its answer."""
+        port = self.serve(Taker())
 
         def client() -> bytes:
             with connect(port) as connection:
-                try:
-                    connection.sendall(put(bytes(50_000_000)))
-                except OSError:
-                    pass
-                found = b""
-                try:
-                    while piece := connection.recv(65536):
-                        found += piece
-                except ConnectionError:
-                    pass
-                return found
+                connection.sendall(put(b"whole"))
+                connection.shutdown(socket.SHUT_WR)
+                return read(connection)
 
-        self.assertEqual([(a.status, a.closes) for a in answers(await deferToThread(client))], [(413, True)])
+        self.assertEqual([a.status for a in answers(await deferToThread(client))], [200])
+
+    async def test_ends_its_side_inside_a_body(self) -> None:
+        """One that ends its side before the announced length is told so."""
+        port = self.serve(Taker())
+
+        def client() -> bytes:
+            with connect(port) as connection:
+                connection.sendall(put(b"short", length=500))
+                connection.shutdown(socket.SHUT_WR)
+                return read(connection)
+
+        self.assertEqual([(a.status, a.closes) for a in answers(await deferToThread(client))], [(400, True)])
 
 
 class TLSTests(SocketContract, TestCase):

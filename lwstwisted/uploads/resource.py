@@ -37,7 +37,7 @@ from lwstwisted.errors import BodyStopped, Refused
 from lwstwisted.interfaces import Entry, IRequestBody, IStreamingResource, Name, Store
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.put import put
-from lwstwisted.web.channel import answer_refusal, refusal_for
+from lwstwisted.web.answers import answer_refusal, refusal_for
 from lwstwisted.web.wire import MAX_LENGTH
 
 SPOOL_READ = 256 * 1024

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.server import Request
 from zope.interface import implementer
@@ -14,6 +15,8 @@ from zope.interface import implementer
 from lwstwisted.errors import BodyStopped
 from lwstwisted.interfaces import IBufferReceiver, IRequestBody
 from lwstwisted.web.wire import Head
+
+_log = Logger()
 
 
 class BodySource(Protocol):
@@ -125,7 +128,10 @@ class RequestBody:
             self.resumeProducing()
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
-            consumer.unregisterProducer()
+            try:
+                consumer.unregisterProducer()
+            except Exception:
+                _log.failure("a consumer of a request body failed at its end")
         assert self._finished is not None
         return self._finished
 

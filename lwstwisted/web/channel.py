@@ -15,10 +15,10 @@ first reason and the last one touch the transport. On resume the wire is drained
 again, and only then is the transport resumed; so the order of the bytes is the order of the buffers.
 
 **An answer before the end of the body.** If the rest of the body has arrived already, it is thrown away and
-the connection goes on. Otherwise the answer says ``Connection: close``, and the client gets time to read it:
-up to :data:`LINGER_BYTES` are thrown away, and the connection is closed when the client closes or after
-:data:`LINGER_TIME`. Closed at once, the kernel would answer the unread bytes with a reset, and a client may
-drop an answer that it has not read yet.
+the connection goes on. Otherwise the answer says ``Connection: close``, and the client gets :data:`LINGER_TIME` to
+read it, while what it still sends is thrown away. Closed at once, the kernel would answer the unread bytes with a
+reset, and a client may drop an answer that it has not read yet; and one that looks for the answer only when it has
+sent everything would wait for a full socket.
 
 **Writing.** The channel is the transport's only producer; a resource's producer is paused and resumed through it.
 A long answer is given to the transport slice by slice, so that a client which reads slowly is told from one which
@@ -39,6 +39,7 @@ from urllib.parse import unquote_to_bytes
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import (
     IConsumer,
+    IHalfCloseableProtocol,
     IPushProducer,
     ISSLTransport,
     ITCPTransport,
@@ -46,16 +47,17 @@ from twisted.internet.interfaces import (
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.http import RESPONSES, datetimeToString, parse_qs
+from twisted.web.http import datetimeToString, parse_qs
 from twisted.web.http_headers import Headers
 from twisted.web.server import Request
 from twisted.web.server import version as server_version
 from zope.interface import implementer
 
 from lwstwisted import errors
-from lwstwisted.errors import BodyCut, BodyStopped, Refusal, Refused
+from lwstwisted.errors import BodyCut, BodyStopped, Refused
 from lwstwisted.flow import Valve
 from lwstwisted.interfaces import IBufferReceiver, IStreamingResource
+from lwstwisted.web.answers import answer_refusal, bare_answer, refusal_for, unread_bytes
 from lwstwisted.web.body import RequestBody, Spool
 from lwstwisted.web.deadline import Deadline
 from lwstwisted.web.wire import End, Head, Signal, State, Wire
@@ -63,7 +65,7 @@ from lwstwisted.web.wire import End, Head, Signal, State, Wire
 READ_AHEAD = 64 * 1024
 """Bytes that the wire may hold while nobody takes them: more than any head, and a small upload whole."""
 IDLE_TIME = 75.0
-"""Seconds that a connection may be idle between requests (nginx' keepalive_timeout)."""
+"""Seconds that a connection may be idle between requests (nginx' keepalive_timeout); ``Site``'s ``timeout``."""
 HEAD_TIME = 10.0
 """Seconds for a whole head, from its first byte; a byte now and then does not extend it."""
 BODY_TIME = 60.0
@@ -72,10 +74,10 @@ UNREAD_TIME = 30.0
 """Seconds in which a client reads nothing of its answer before it is cut."""
 ANSWER_SLICE = 64 * 1024
 """Bytes of an answer given to the transport at once; what is behind them waits for the client to read."""
+PULL_AGAIN = 0.01
+"""Seconds until a producer that had nothing to give (the answer to HEAD, say) is asked again."""
 LINGER_TIME = 2.0
-"""Seconds for reading an early answer."""
-LINGER_BYTES = 64 * 1024
-"""Bytes of a body thrown away after an early answer."""
+"""Seconds for reading an early answer, while the rest of the body is thrown away."""
 CLOSE_TIME = 10.0
 """Seconds from the decision to close until the connection is aborted: a TLS peer may never say goodbye."""
 
@@ -92,33 +94,7 @@ class _Life(enum.Enum):
     LOST = enum.auto()
 
 
-def answer_refusal(request: Request, refused: Refused) -> None:
-    """Make a refusal the response to ``request``. One that has begun is cut, so that it can't pass for whole."""
-    if request.startedWriting:
-        request.channel.forceAbortClient()
-        return
-    refusal = refused.refusal
-    sentence = refusal.sentence.encode() + b"\n"
-    request.setResponseCode(refusal.status, RESPONSES.get(refusal.status, b"Refused"))
-    request.setHeader(b"Content-Type", b"text/plain; charset=utf-8")
-    request.setHeader(b"Content-Length", b"%d" % len(sentence))
-    request.setHeader(b"X-Content-Type-Options", b"nosniff")
-    for name, value in refused.headers.items():
-        request.setHeader(name, value)
-    request.write(sentence)
-    request.finish()
-
-
-def refusal_for(reason: Failure) -> Refused:
-    """What to answer to a failure; one that is nobody's declared refusal is ours, and is logged."""
-    if isinstance(reason.value, Refused):
-        return reason.value
-    if not isinstance(reason.value, (BodyCut, BodyStopped)):
-        _log.failure("a request failed in an unforeseen way", failure=reason)
-    return Refused(errors.INTERNAL)
-
-
-@implementer(IBufferReceiver, IPushProducer)
+@implementer(IBufferReceiver, IPushProducer, IHalfCloseableProtocol)
 class StreamingChannel(Protocol):
     """One HTTP/1.1 connection of a :class:`~lwstwisted.web.site.StreamingSite`.
 
@@ -132,15 +108,19 @@ class StreamingChannel(Protocol):
     def connectionMade(self) -> None:
         """See ``Protocol``."""
         self._below = cast(Any, self.transport)
+        # Asked for by each request, also by one that is delivered when the socket is gone.
+        self._peer, self._host = self._below.getPeer(), self._below.getHost()
         self._wire = Wire()
         self._life = _Life.OPEN
         self._request: Request | None = None
         self._body: RequestBody | None = None
         self._keep_alive = True
         self._pumping = False
-        self._lingered = 0
         self._producer: Any = None
         self._is_pulled = False  # the resource's producer is asked for each piece
+        self._will_pull = False
+        self._is_ended = False  # the client has ended its side
+        self._has_written = False
         self._is_producer_paused = False
         self._is_full = False  # the transport takes nothing until the client has read
         self._awaits_client = False  # the deadline is the client's, for reading
@@ -151,7 +131,7 @@ class StreamingChannel(Protocol):
         if ITCPTransport.providedBy(self._below):
             self._below.setTcpNoDelay(True)
         self._below.registerProducer(self, True)
-        self._deadline.set(IDLE_TIME, self._close)
+        self._set_idle()
 
     # Bytes
 
@@ -165,10 +145,6 @@ class StreamingChannel(Protocol):
             self._wire.receive(view)
             self.pump()
             self._wire.keep()
-        elif self._life is _Life.LINGERING:
-            self._lingered += len(view)
-            if self._lingered > LINGER_BYTES:
-                self._valve.close("lingered")
 
     def pump(self) -> None:
         """Pull events while somebody wants them; then let the transport read, or not."""
@@ -178,6 +154,8 @@ class StreamingChannel(Protocol):
         try:
             while self._wants_event():
                 if not self._dispatch(self._wire.next_event()):
+                    if self._is_ended:
+                        self._cut_short()
                     break
         except Refused as refused:
             self._refuse(refused)
@@ -190,7 +168,8 @@ class StreamingChannel(Protocol):
         if self._life is not _Life.OPEN:
             return False
         if self._request is None:
-            return "unread" not in self._valve.reasons
+            # Behind an early answer the rest of its body is still there, which is not the next request.
+            return self._body is None and "unread" not in self._valve.reasons
         return self._body is not None and self._body.is_wanted
 
     def _dispatch(self, event: Any) -> bool:
@@ -214,12 +193,12 @@ class StreamingChannel(Protocol):
         self._set_deadline()
 
     def _set_deadline(self) -> None:
-        if self._awaits_client:
-            return  # set when it began
+        if self._awaits_client or self._life is not _Life.OPEN:
+            return  # the client's deadline was set when it began
         if self._request is None:
             if not self._wire.has_begun:
-                self._deadline.set(IDLE_TIME, self._close)
                 self._head_began = False
+                self._set_idle()
             elif not self._head_began:
                 self._head_began = True
                 self._deadline.set(HEAD_TIME, lambda: self._refuse(Refused(errors.HEAD_TIMEOUT)))
@@ -228,7 +207,14 @@ class StreamingChannel(Protocol):
         else:
             self._deadline.clear()
 
+    def _set_idle(self) -> None:
+        if self.factory.timeOut is None:
+            self._deadline.clear()
+        else:
+            self._deadline.set(self.factory.timeOut, self._close)
+
     _head_began = False
+    _is_streaming = False
     _found: tuple[Any, Any, Any] = (None, None, None)
 
     # A request
@@ -246,7 +232,8 @@ class StreamingChannel(Protocol):
         request.args = parse_qs(query, 1) if query else {}
         self._body = body = RequestBody(self, head)
         resource = self._find(request)
-        if IStreamingResource.providedBy(resource):
+        self._is_streaming = IStreamingResource.providedBy(resource)
+        if self._is_streaming:
             request.gotLength(0)
             done = Deferred.fromCoroutine(_received(resource, request, body))
             self.factory.watch(done.addErrback(self._failed, request))
@@ -336,7 +323,7 @@ class StreamingChannel(Protocol):
             answer_refusal(self._request, refused)
             return
         self._keep_alive = False
-        self._below.write(_bare_answer(refused.refusal))
+        self._below.write(bare_answer(refused.refusal))
         self._linger()
 
     # What twisted.web.server.Request calls
@@ -374,13 +361,12 @@ class StreamingChannel(Protocol):
 
     def write(self, data: bytes) -> None:
         """Send a piece of the response."""
+        self._has_written = True
         if self._is_full or len(data) > ANSWER_SLICE:
             self._unsent.append(memoryview(data))
             self._send()
         else:
             self._below.write(data)
-        if self._is_pulled:
-            self._await_client()
 
     def writeSequence(self, pieces: list[bytes]) -> None:
         """Send pieces of the response."""
@@ -418,35 +404,48 @@ class StreamingChannel(Protocol):
         if self._producer is not None:
             raise RuntimeError("the response has a producer already")
         self._producer = producer
+        self._is_pulled = not streaming
         self._valve.open("unread")
-        if not streaming:
-            self._is_pulled = True
-            self._below.unregisterProducer()
-            self._below.registerProducer(self, False)
+        if self._is_pulled:
+            self._pull()
         elif self._is_full:
             self._pause_producer()
 
     def unregisterProducer(self) -> None:
         """The resource has written what it had."""
-        if self._producer is None:
+        if self._producer is not None:
+            self._producer = None
+            self._is_producer_paused = self._is_pulled = False
+            if self._is_full:
+                self._valve.close("unread")
+
+    def _pull_in(self, seconds: float) -> None:
+        if not self._will_pull:
+            self._will_pull = True
+            self.factory.reactor.callLater(seconds, self._pull)
+
+    def _pull(self) -> None:
+        """Ask the resource's producer for a piece, and again later, also when it had none to give."""
+        self._will_pull = False
+        if not self._is_pulled or self._is_full or self._life is _Life.LOST:
             return
-        self._producer = None
-        self._is_producer_paused = False
-        if self._is_pulled:
-            self._is_pulled = self._awaits_client = False
-            if self._life is _Life.OPEN:
-                self._below.unregisterProducer()
-                self._below.registerProducer(self, True)
-        elif self._is_full:
-            self._valve.close("unread")
+        self._has_written = False
+        try:
+            self._producer.resumeProducing()
+        except Exception:
+            _log.failure("a producer of an answer failed")
+            self.forceAbortClient()
+            return
+        if self._is_pulled and not self._is_full:
+            self._pull_in(0 if self._has_written else PULL_AGAIN)
 
     def getPeer(self) -> Any:
         """The client's address."""
-        return self._below.getPeer()
+        return self._peer
 
     def getHost(self) -> Any:
         """Our address."""
-        return self._below.getHost()
+        return self._host
 
     def isSecure(self) -> bool:
         """Whether the connection is encrypted."""
@@ -475,7 +474,7 @@ class StreamingChannel(Protocol):
             self._valve.close("unread")
 
     def _pause_producer(self) -> None:
-        if not self._is_producer_paused:
+        if not self._is_pulled and not self._is_producer_paused:
             self._is_producer_paused = True
             self._producer.pauseProducing()
 
@@ -491,27 +490,68 @@ class StreamingChannel(Protocol):
             self._valve.open("unread")
             self._deadline.set(LINGER_TIME, self._close)
         elif self._producer is not None:
-            self._is_producer_paused = False
             self._set_deadline()
-            self._producer.resumeProducing()
+            if self._is_pulled:
+                self._pull()
+            elif self._is_producer_paused:
+                self._is_producer_paused = False
+                self._producer.resumeProducing()
         else:
             self._valve.open("unread")
             self.pump()
 
     def stopProducing(self) -> None:
         """The transport is gone; ``connectionLost`` follows."""
-        if self._producer is not None:
-            self._producer.stopProducing()
+        producer, self._producer = self._producer, None
+        self._is_pulled = False
+        if producer is not None:
+            producer.stopProducing()
 
     def _await_client(self) -> None:
         self._awaits_client = True
-        self._deadline.set(UNREAD_TIME, self._abort)
+        self._head_began = False
+        self._expect_reading(UNREAD_TIME)
+
+    def _expect_reading(self, seconds: float) -> None:
+        """Abort in ``seconds``, unless the client has read something of its answer by then."""
+        before = unread_bytes(self._below)
+
+        def look() -> None:
+            # The kernel tells us of room when a third of its buffer is free: minutes, for a slow line.
+            if 0 < unread_bytes(self._below) < before:
+                self._expect_reading(seconds)
+            else:
+                self.forceAbortClient()
+
+        self._deadline.set(seconds, look)
 
     # The end
 
+    def readConnectionLost(self) -> None:
+        """See ``IHalfCloseableProtocol``: the client sends no more, and may still read.
+
+        An upload that has arrived whole gets its answer. For any other request it is the end, as under a stock
+        ``Site``: most clients that end their side have gone.
+        """
+        self._is_ended = True
+        self._keep_alive = False
+        if self._life is _Life.OPEN and self._request is not None and self._is_streaming:
+            self.pump()
+        else:
+            self._close()
+
+    def writeConnectionLost(self) -> None:
+        """See ``IHalfCloseableProtocol``; we never end our side alone."""
+
+    def _cut_short(self) -> None:
+        """The client ended its side and the wire wants more."""
+        if self._request is None:
+            self._close()
+        else:
+            self._refuse(Refused(errors.BODY_SHORT))
+
     def _linger(self) -> None:
         self._life = _Life.LINGERING
-        self._lingered = self._wire.buffered
         self._valve.open("consumer")
         self._valve.open("buffered")
         self._deadline.set(LINGER_TIME, self._close)
@@ -525,29 +565,28 @@ class StreamingChannel(Protocol):
                 self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        self._deadline.set(CLOSE_TIME, self._abort)
+        # A TLS peer says goodbye when it has read everything, which may take its time.
+        self._expect_reading(CLOSE_TIME)
         self._below.unregisterProducer()
         self._below.loseConnection()
-
-    def _abort(self) -> None:
-        self._below.abortConnection()
 
     def stop(self) -> None:
         """The service stops: an idle connection is closed, a busy one aborted."""
         if self._request is None:
             self._close()
         else:
-            self._abort()
+            self.forceAbortClient()
 
     def forceAbortClient(self) -> None:
         """Close at once, whatever is under way."""
-        self._abort()
+        self._below.abortConnection()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """See ``IProtocol``."""
         self._life = _Life.LOST
         self._deadline.stop()
         self._unsent.clear()
+        self.stopProducing()
         self.factory.channels.discard(self)
         request, self._request = self._request, None
         if request is not None:
@@ -558,13 +597,3 @@ class StreamingChannel(Protocol):
 
 async def _received(resource: Any, request: Request, body: RequestBody) -> None:
     await resource.receive(request, body)
-
-
-def _bare_answer(refusal: Refusal) -> bytes:
-    """A response where there is no request to make it on."""
-    sentence = refusal.sentence.encode() + b"\n"
-    return (
-        b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n"
-        b"X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n%b"
-        % (refusal.status, RESPONSES.get(refusal.status, b"Refused"), datetimeToString(), len(sentence), sentence)
-    )

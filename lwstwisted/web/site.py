@@ -13,7 +13,7 @@ from twisted.web.resource import IResource
 from twisted.web.server import Request, Site
 from zope.interface import provider
 
-from lwstwisted.web.channel import StreamingChannel
+from lwstwisted.web.channel import IDLE_TIME, StreamingChannel
 
 _log = Logger()
 
@@ -41,6 +41,7 @@ class StreamingSite(Site):
 
     def __init__(self, resource: IResource, reactor: IReactorTime | None = None, **options: Any) -> None:
         options.setdefault("logFormatter", combined_log)
+        options.setdefault("timeout", IDLE_TIME)
         super().__init__(resource, reactor=reactor, **options)  # type: ignore[no-untyped-call]
         self.channels: set[StreamingChannel] = set()
         self._under_way: set[Deferred[None]] = set()

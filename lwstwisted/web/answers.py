@@ -1,0 +1,69 @@
+"""What a refused client is told, and whether it has read it."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import termios
+from typing import Any
+
+from twisted.logger import Logger
+from twisted.protocols.policies import ProtocolWrapper
+from twisted.python.failure import Failure
+from twisted.web.http import RESPONSES, datetimeToString
+from twisted.web.server import Request
+
+from lwstwisted import errors
+from lwstwisted.errors import BodyCut, BodyStopped, Refusal, Refused
+
+_log = Logger()
+
+
+def answer_refusal(request: Request, refused: Refused) -> None:
+    """Make a refusal the response to ``request``. One that has begun is cut, so that it can't pass for whole."""
+    if request.startedWriting:
+        request.channel.forceAbortClient()
+        return
+    refusal = refused.refusal
+    sentence = refusal.sentence.encode() + b"\n"
+    request.setResponseCode(refusal.status, RESPONSES.get(refusal.status, b"Refused"))
+    request.setHeader(b"Content-Type", b"text/plain; charset=utf-8")
+    request.setHeader(b"Content-Length", b"%d" % len(sentence))
+    request.setHeader(b"X-Content-Type-Options", b"nosniff")
+    for name, value in refused.headers.items():
+        request.setHeader(name, value)
+    request.write(sentence)
+    request.finish()
+
+
+def unread_bytes(transport: Any) -> int:
+    """How many bytes the kernel holds that the peer has not taken (tcp(7), SIOCOUTQ).
+
+    :param transport: a transport, or protocols wrapped around one.
+    """
+    while isinstance(transport, ProtocolWrapper):
+        transport = transport.transport
+    try:
+        count = fcntl.ioctl(transport.getHandle(), termios.TIOCOUTQ, bytes(4))
+    except (AttributeError, TypeError, OSError):
+        return 0  # no socket, or no longer one
+    return int.from_bytes(count, sys.byteorder)
+
+
+def refusal_for(reason: Failure) -> Refused:
+    """What to answer to a failure; one that is nobody's declared refusal is ours, and is logged."""
+    if isinstance(reason.value, Refused):
+        return reason.value
+    if not isinstance(reason.value, (BodyCut, BodyStopped)):
+        _log.failure("a request failed in an unforeseen way", failure=reason)
+    return Refused(errors.INTERNAL)
+
+
+def bare_answer(refusal: Refusal) -> bytes:
+    """The bytes of a refusal where there is no request to make it on."""
+    sentence = refusal.sentence.encode() + b"\n"
+    return (
+        b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n"
+        b"X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n%b"
+        % (refusal.status, RESPONSES.get(refusal.status, b"Refused"), datetimeToString(), len(sentence), sentence)
+    )
