@@ -5,6 +5,7 @@ Every wait has an end. Nothing here is a test.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -115,6 +116,14 @@ class Server:
         """How many files and sockets it has open."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def open_beneath(self, folder: Path) -> list[str]:
+        """Files that it has open beneath a folder, also those without a name."""
+        found = []
+        for name in os.listdir(f"/proc/{self.process.pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(os.readlink(f"/proc/{self.process.pid}/fd/{name}"))
+        return [path for path in found if path.startswith(f"{folder}/")]
+
     def _status(self, field: str) -> int:
         found = re.search(rf"{field}:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())
         assert found is not None
@@ -144,6 +153,8 @@ def serving(
         pass_fds=descriptors,
         text=True,
         errors="backslashreplace",
+        # A job in the background of a script ignores SIGINT, and so would the server.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     server = Server(process)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -104,13 +105,12 @@ class EndToEndCase(TestCase):
         self.assertEqual(digest(self.folder / "fetched"), digest(sent))
 
     def upload_without_end(self, server: Server, url: str) -> subprocess.Popen[bytes]:
-        """Begin an upload that waits for more bytes, and return when the server has a socket and a file for it."""
-        open_before = server.descriptors()
+        """Begin an upload that waits for more bytes, and return when the server has a file for it."""
         client = self.start_curl("-T", "-", f"{url}/new/file")
         assert client.stdin is not None
         client.stdin.write(bytes(3 * MIB))
         client.stdin.flush()
-        wait_until(lambda: server.descriptors() > open_before + 1, "the upload had begun")
+        wait_until(lambda: server.open_beneath(self.root / ".lwstwisted" / "partial"), "the upload had begun")
         return client
 
     def assert_nothing_left(self) -> None:
@@ -191,6 +191,20 @@ class UploadTests(EndToEndCase):
             self.assertEqual((self.root / str(size)).stat().st_size, size)
             (self.root / str(size)).unlink()
         self.assertLess(abs(peaks[1] - peaks[0]), 8 * MIB, peaks)
+
+    @skipUnless(shutil.which("strace"), "strace is not installed")
+    def test_durability(self) -> None:
+        """The option decides what is synced before the answer: file and folder, the file's data, nothing."""
+        for level, wanted in (("full", {"fsync"}), ("data", {"fdatasync"}), ("none", set())):
+            trace = self.folder / f"trace-{level}"
+            command = ["strace", "-D", "-f", "-qq", "-o", trace, "-e", "trace=fsync,fdatasync"]
+            command += twistd("--root", self.root, "--listen", "tcp:0", "--durability", level)
+            with serving(command, cwd=self.folder) as server:
+                (port,) = server.wait_for_ports()
+                trace.write_bytes(b"")  # the root itself was made durable at the start
+                self.round_trip(f"http://127.0.0.1:{port}/files", name=level)
+            calls = set(re.findall(r"(\w+)\(", trace.read_text(errors="replace")))
+            self.assertEqual(calls & {"fsync", "fdatasync"}, wanted, level)
 
     def test_from_a_pipe(self) -> None:
         """A body of unknown length is sent in chunks."""
