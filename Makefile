@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed$(HERE)
 INSTALLED_TEST := $(VENV)/.installed-test$(HERE)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick lint clean
+.PHONY: help run test quick suites lint clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -33,6 +33,9 @@ test: $(INSTALLED_TEST) lint  ## linter, type checks and all tests, by pytest an
 
 quick: $(INSTALLED_TEST)  ## the fast tests only, up to the first failure
 	$(BIN)/python -m pytest -q -x -m "not slow"
+
+suites: $(INSTALLED_TEST)  ## Twisted's own suites on its reactors and on ours (five minutes)
+	$(BIN)/python -m tests.suites
 
 lint: $(INSTALLED_TEST)  ## linter and type checks
 	$(BIN)/ruff check .

@@ -1,37 +1,37 @@
 """A file-upload service on Twisted.
 
-Its TLS uploads go on although their bytes already lie decrypted where the kernel cannot
-announce them; it stops reading the moment the store behind it is full; what it
-acknowledged is on the disk.
+A TLS upload goes on though the rest of it sits inside OpenSSL, out of the kernel's sight.
+A store that falls behind pauses its clients, and not one byte comes after the pause. An
+upload that was answered is stored, whole and synced.
 
-The map. A module imports only from floors below its own, and the number is its floor
+The map. Each number is a floor, and imports go downwards only
 (``tests/test_architecture.py`` compares this text with the tree)::
 
-  errors.py        0  every refusal a client can see: code, status, sentence
-  interfaces.py    0  what each floor promises the next
+  errors.py        0  all the ways to say no: code, status, sentence
+  interfaces.py    0  the seams: who may ask whom for what
   flow.py          0  when to stop and when to go on; no I/O
   certificate.py   0  a self-signed certificate for trying things out
-  loop/               bytes arrive
-    pending.py     1  the pending-read list, the optional hook, the default path
+  loop/               from the socket to plaintext
+    pending.py     1  readers that the kernel cannot announce, and how they get a turn
     tls.py         2  the TLS transport: bounded reads, exact pause
     reactor.py     3  the reactors that poll: they merge pending readers into each turn
     foreign.py     4  the reactor on a loop that drives itself: asyncio, uvloop
   web/                bytes become a request whose body a resource can watch arriving
-    wire.py        1  HTTP/1.1 framing without I/O
+    wire.py        1  where requests and bodies begin and end; no I/O
     body.py        2  the body of a request while it arrives
     deadline.py    1  one timer for one connection
     answers.py     1  what a refused client is told, and whether it reads it
     channel.py     3  the protocol: between transport, framing and requests
-    site.py        4  a twisted.web Site for resources that take a body as it comes
-  stores/             a body becomes a file
+    site.py        4  the Site that an application uses
+  stores/             from bytes to files
     names.py       1  which names are allowed, and why not
     tree.py        2  folders and names on the disk, safely resolved
     local.py       3  the disk: own threads, atomic and durable commit
-  uploads/            a request becomes an upload
-    transfer.py    2  one upload while its bytes arrive
+  uploads/            from requests to stored files
+    transfer.py    2  the bytes of one upload on their way to the store
     put.py         3  PUT
     resource.py    5  the resource: which method goes where
-  service.py       6  the one place where everything is built, named, started and stopped
+  service.py       6  options, and how it all is put together and taken down
   __main__.py      7  the command line
 
 A byte travels kernel, reactor, tls, channel, wire, put, transfer, store, disk. Each turn

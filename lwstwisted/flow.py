@@ -1,4 +1,4 @@
-"""Flow control without I/O: a pause is a set of reasons, and a queue has two marks.
+"""When to stop and when to go on, without I/O: a valve with reasons, a queue with two marks.
 
 A boolean cannot say *who* paused, so the second to resume undoes the first one's
 pause. With a set of reasons only the edge between "none" and "some" touches the

@@ -24,8 +24,8 @@ class IPendingReads(Interface):
     def addPending(reader):
         """Have ``reader.doRead()`` called in the next turn, although its descriptor may be silent.
 
-        Only the code that reads calls this, and only when its last read succeeded and it
-        stopped for its budget or for a pause that is over.
+        For the code that reads, and for nobody else: after a read that gave something, when
+        a full budget or a pause (over by now) kept it from reading again.
         """
 
     def removePending(reader):

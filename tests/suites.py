@@ -1,6 +1,7 @@
-"""Twisted's own suites, on a stock reactor and on ours: the same counts, or an explained difference.
+"""Twisted's own suites, on a stock reactor and on ours, side by side.
 
-``python -m tests.suites`` runs each pair in processes of their own, prints a table, and fails on a difference.
+``make suites`` runs each pair in processes of their own and prints a table of the counts. It fails if a test fails on
+ours and not on the stock reactor; a few of Twisted's tests depend on the speed of the machine, on both.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def run(stock: str, module: str, name: str) -> dict[str, Any]:
 def main(wanted: list[str]) -> int:
     """Compare the pairs that are named, or all.
 
-    :returns: 1 if anything differs.
+    :returns: 1 if a test fails on ours alone.
     """
     status = 0
     print(f"{'reactor':<24}{'run':>6}{'passed':>8}{'failed':>8}{'skipped':>9}")
@@ -93,9 +94,10 @@ def main(wanted: list[str]) -> int:
                 f"{label:<24}{counts['run']:>6}{counts['passed']:>8}{len(counts['failed']):>8}{counts['skipped']:>9}",
                 flush=True,
             )
-        if theirs != ours:
+        ours_alone = sorted(set(ours["failed"]) - set(theirs["failed"]))
+        if ours_alone:
             status = 1
-            print("  differs:", *sorted(set(theirs["failed"]) ^ set(ours["failed"])), sep="\n    ")
+            print("  failed on ours alone:", *ours_alone, sep="\n    ")
     return status
 
 

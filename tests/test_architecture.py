@@ -145,7 +145,7 @@ class ArchitectureTests(TestCase):
         self.assertEqual(sorted(self.floors.keys() - tree), [], "in the map, but not in the tree")
 
     def test_imports_point_down(self) -> None:
-        """A module imports only from floors below its own, and an ``__init__.py`` nothing of ours."""
+        """Imports go downwards only, and an ``__init__.py`` nothing of ours."""
         modules = {dotted(path) for path in self.sources}
         wrong = []
         for path in self.sources:

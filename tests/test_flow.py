@@ -1,4 +1,4 @@
-"""Valve and Watermarks: a pause is a set of reasons, and a queue has two marks."""
+"""Valve and Watermarks."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The pending-read list: readers whose input lies decrypted where no kernel can see it.
 
 **The facts.** TLS decrypts whole records of up to 16 KiB. A reader that stops early, because
-its budget for this turn is used up or its consumer said "enough", leaves plaintext inside the
-TLS layer. The socket is empty, so ``epoll``, ``poll``, ``select`` and ``asyncio`` have nothing to
-report, and the connection sleeps until a timeout kills it.
+its budget for this turn is used up or its consumer said "enough", has plaintext waiting
+inside OpenSSL. Nothing is left in the socket for ``epoll``, ``poll``, ``select`` or ``asyncio`` to
+report, and the connection sleeps until some timeout ends it.
 
 **What it means for us.** Somebody has to keep a list of such readers and give each of them a turn
 as if the kernel had spoken. libwebsockets calls that a fake POLLIN, and lets a foreign event loop
@@ -11,8 +11,8 @@ bring a callback for it.
 
 **The rules**, each of which was a defect of somebody's once:
 
-1. A reader is pending if and only if its last TLS read succeeded *and* it stopped for its budget or
-   for a pause that is over. After ``WantRead`` it never is. ``SSL_pending()`` is not asked: it counts the
+1. What makes a reader pending is a successful TLS read with no further one behind it, because the
+   budget was full, or because of a pause that has ended since. ``WantRead`` says that nothing is left. ``SSL_pending()`` is not asked: it counts the
    current record only, and is 0 while whole records lie unread.
 2. Only the code that reads edits the list. Marking a reader never removes it.
 3. The loop is told *which* readers are pending, and its answer is used.

@@ -1,4 +1,4 @@
-"""StreamingSite: a twisted.web ``Site`` whose resources may take a request body as it comes."""
+"""The factory of :class:`~lwstwisted.web.channel.StreamingChannel`: what an application listens with."""
 
 from __future__ import annotations
 
