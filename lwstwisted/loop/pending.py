@@ -12,8 +12,8 @@ bring a callback for it.
 **The rules**, each of which was a defect of somebody's once:
 
 1. What makes a reader pending is a successful TLS read with no further one behind it, because the
-   budget was full, or because of a pause that has ended since. ``WantRead`` says that nothing is left. ``SSL_pending()`` is not asked: it counts the
-   current record only, and is 0 while whole records lie unread.
+   budget was full, or because of a pause that has ended since. ``WantRead`` says that nothing is left.
+   ``SSL_pending()`` is not asked: it counts the current record only, and is 0 while whole records lie unread.
 2. Only the code that reads edits the list. Marking a reader never removes it.
 3. The loop is told *which* readers are pending, and its answer is used.
 4. Between the mark and the turn a reader may have been paused, closed or read already: it is looked
