@@ -521,16 +521,20 @@ class RefusalTests(SynchronousTestCase):
     def test_refused_during_a_pause(self) -> None:
         """A resource that refuses while its body is paused and more of it is here: one answer, and the end."""
         taken: list[object] = []
+        gates: list[Deferred[None]] = []
 
         async def receive(request: Request, body: IRequestBody) -> None:
             sink = Sink()
             sink.on_piece = lambda: sink.producer.pauseProducing()  # type: ignore[union-attr]
             body.deliver_to(sink).addBoth(taken.append)
+            gates.append(Deferred())
+            await gates[0]
             raise Refused(errors.DISK_FULL)
 
         for end in (b"", b"0\r\n\r\n"):
             talk = Talk(receive)
             talk.send(chunked(b"4\r\nabcd\r\n" * 50 + end))
+            gates.pop().callback(None)
             self.assertEqual(talk.statuses, [507])
             self.assertIsInstance(taken.pop().value, BodyCut)  # type: ignore[attr-defined]
             talk.clock.advance(LINGER_TIME + 1)
@@ -1503,7 +1507,7 @@ class SocketContract:
                 count = len(found)
                 while count < size and (piece := connection.recv(100_000)):
                     count += len(piece)
-                    time.sleep(0.02)  # the line is slow
+                    time.sleep(len(piece) / 2_500_000)  # the line is slow
                 return count
 
         self.assertEqual(await deferToThread(client), size)

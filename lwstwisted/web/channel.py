@@ -528,10 +528,9 @@ class StreamingChannel(Protocol):
     # The end
 
     def readConnectionLost(self) -> None:
-        """See ``IHalfCloseableProtocol``: the client sends no more, and may still read.
+        """See ``IHalfCloseableProtocol``: the client sends no more, and an upload that is whole gets its answer.
 
-        An upload that has arrived whole gets its answer. For any other request it is the end, as under a stock
-        ``Site``: most clients that end their side have gone.
+        For other requests it is the end, as under a stock ``Site``: most clients that end their side have gone.
         """
         self._is_ended = True
         self._keep_alive = False
@@ -551,6 +550,8 @@ class StreamingChannel(Protocol):
             self._refuse(Refused(errors.BODY_SHORT))
 
     def _linger(self) -> None:
+        if self._is_ended:
+            return self._close()  # nothing can come that would be answered by a reset
         self._life = _Life.LINGERING
         self._valve.open("consumer")
         self._valve.open("buffered")
@@ -578,7 +579,7 @@ class StreamingChannel(Protocol):
             self.forceAbortClient()
 
     def forceAbortClient(self) -> None:
-        """Close at once, whatever is under way."""
+        """Close at once."""
         self._below.abortConnection()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
