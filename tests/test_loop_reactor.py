@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -301,11 +302,21 @@ class ListenTests(SynchronousTestCase):
 class InstallTests(SynchronousTestCase):
     """``lwstwisted.loop.reactor.install()``, in a process of its own."""
 
+    def run_script(self, script: str, **environment: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        self.assertEqual((done.stdout, done.stderr), ("well\n", ""))
+
     def test_install(self) -> None:
         """It makes ours the global reactor; where there is one already it says so."""
-        script = """
-from twisted.internet.epollreactor import EPollReactor
-from lwstwisted.loop.reactor import MergingReactor, LwsReactor, install
+        self.run_script("""
+from lwstwisted.loop.reactor import LwsReactor, install
 from twisted.internet.error import ReactorAlreadyInstalledError
 made = install()
 from twisted.internet import reactor
@@ -314,7 +325,32 @@ try:
     install()
 except ReactorAlreadyInstalledError:
     print("well")
+""")
+
+    def test_all_tls_of_the_process(self) -> None:
+        """What wraps connections by itself (connectSSL, startTLS, endpoints) pauses as exactly."""
+        self.run_script("""
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from lwstwisted.loop.tls import TLSTransport
+assert not issubclass(TLSMemoryBIOFactory.protocol, TLSTransport)  # importing us changes nothing
+from lwstwisted.loop.reactor import install
+install()
+assert TLSMemoryBIOFactory.protocol is TLSTransport
+print("well")
+""")
+
+    def test_uvloop_when_told_to(self) -> None:
+        """``--reactor=lws-asyncio`` runs on the loop that the environment names, and on no unknown one."""
+        script = """
+from lwstwisted.loop.foreign import EVENT_LOOP, install, new_event_loop
+import os, uvloop
+wanted = os.environ[EVENT_LOOP]
+assert isinstance(new_event_loop(), uvloop.Loop) == (wanted == "uvloop")
+os.environ[EVENT_LOOP] = "libuv"
+try:
+    install()
+except ValueError:
+    print("well")
 """
-        root = Path(__file__).parents[1]
-        done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
-        self.assertEqual((done.stdout, done.stderr), ("well\n", ""))
+        for loop in ("uvloop", "asyncio"):
+            self.run_script(script, LWSTWISTED_EVENT_LOOP=loop)
