@@ -217,11 +217,11 @@ def ok(request: Request, body: bytes = b"ok") -> None:
 class Talk:
     """One connection to a site with one resource, in memory."""
 
-    def __init__(self, resource: Resource | Receive, transport: Twin | None = None) -> None:
+    def __init__(self, resource: Resource | Receive, transport: Twin | None = None, **options: Any) -> None:
         if not isinstance(resource, Resource):
             resource = Streaming(resource)
         self.clock = Clock()
-        self.site = StreamingSite(resource, reactor=self.clock)
+        self.site = StreamingSite(resource, reactor=self.clock, **options)
         self.transport = transport or Twin()
         protocol: Any = self.site.buildProtocol(None)  # type: ignore[arg-type]
         self.channel = protocol
@@ -996,6 +996,17 @@ class FailureTests(SynchronousTestCase):
 
 class DeadlineTests(SynchronousTestCase):
     """How long a client may take."""
+
+    def test_timeout_of_the_site(self) -> None:
+        """``timeout`` is how long a connection may be idle, as for a stock ``Site``; None is for ever."""
+        talk = Talk(Taker(), timeout=2)
+        talk.clock.advance(1.9)
+        self.assertFalse(talk.is_closed)
+        talk.clock.advance(0.2)
+        self.assertTrue(talk.is_closed)
+        talk = Talk(Taker(), timeout=None)
+        talk.clock.advance(10**6)
+        self.assertFalse(talk.is_closed)
 
     def test_idle(self) -> None:
         """A connection on which nothing happens is closed, before the first request and between two."""
