@@ -156,7 +156,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
 def default_endpoint(port: int, certificate: Path) -> str:
     """The endpoint that is listened on where no other is named."""
     path = str(certificate.absolute()).replace("\\", "\\\\").replace(":", "\\:").replace("=", "\\=")
-    return f"ssl:{port}:privateKey={path}:certKey={path}:interface=127.0.0.1"
+    return on_loopback(f"ssl:{port}:privateKey={path}:certKey={path}")
 
 
 def curl_hints(port: int, certificate: Path) -> list[str]:

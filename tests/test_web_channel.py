@@ -1405,6 +1405,19 @@ def read(client: socket.socket, until: bytes | None = None) -> bytes:
     return found
 
 
+def until_it_ends(taker: Taker) -> tuple[Receive, Deferred[None]]:
+    """A taker as a resource's function, and what fires when it has returned or raised."""
+    ended: Deferred[None] = Deferred()
+
+    async def receive(request: Request, body: IRequestBody) -> None:
+        try:
+            await taker(request, body)
+        finally:
+            ended.callback(None)
+
+    return receive, ended
+
+
 class SocketContract:
     """The same with real clients, on the reactor that runs the tests. A mixin, so that no runner takes it alone."""
 
@@ -1541,14 +1554,7 @@ class SocketContract:
     async def test_client_sends_all_and_closes(self) -> None:
         """lws-cases 37: all of it was sent before the client closed, so the upload is whole."""
         taker = Taker()
-        ended: Deferred[None] = Deferred()
-
-        async def receive(request: Request, body: IRequestBody) -> None:
-            try:
-                await taker(request, body)
-            finally:
-                ended.callback(None)
-
+        receive, ended = until_it_ends(taker)
         port = self.serve(receive)
 
         def client() -> None:
@@ -1565,14 +1571,7 @@ class SocketContract:
     async def test_client_resets_in_the_body(self) -> None:
         """A reset in the middle is told to the resource, and the connection is forgotten."""
         taker = Taker()
-        ended: Deferred[None] = Deferred()
-
-        async def receive(request: Request, body: IRequestBody) -> None:
-            try:
-                await taker(request, body)
-            finally:
-                ended.callback(None)
-
+        receive, ended = until_it_ends(taker)
         port = self.serve(receive)
 
         def client() -> None:

@@ -114,6 +114,9 @@ class StreamingChannel(Protocol):
         self._life = _Life.OPEN
         self._request: Request | None = None
         self._body: RequestBody | None = None
+        self._is_streaming = False
+        self._found: tuple[Any, Any, Any] = (None, None, None)  # resource, prepath, postpath
+        self._head_began = False
         self._keep_alive = True
         self._pumping = False
         self._producer: Any = None
@@ -123,7 +126,6 @@ class StreamingChannel(Protocol):
         self._has_written = False
         self._is_producer_paused = False
         self._is_full = False  # the transport takes nothing until the client has read
-        self._awaits_client = False  # the deadline is the client's, for reading
         self._unsent: deque[memoryview] = deque()
         self._valve = Valve(self._below.pauseProducing, self._below.resumeProducing)
         self._deadline = Deadline(self.factory.reactor)
@@ -193,7 +195,7 @@ class StreamingChannel(Protocol):
         self._set_deadline()
 
     def _set_deadline(self) -> None:
-        if self._awaits_client or self._life is not _Life.OPEN:
+        if self._is_full or self._life is not _Life.OPEN:
             return  # the client's deadline was set when it began
         if self._request is None:
             if not self._wire.has_begun:
@@ -213,10 +215,6 @@ class StreamingChannel(Protocol):
         else:
             self._deadline.set(self.factory.timeOut, self._close)
 
-    _head_began = False
-    _is_streaming = False
-    _found: tuple[Any, Any, Any] = (None, None, None)
-
     # A request
 
     def _begin(self, head: Head) -> None:
@@ -234,7 +232,6 @@ class StreamingChannel(Protocol):
         resource = self._find(request)
         self._is_streaming = IStreamingResource.providedBy(resource)
         if self._is_streaming:
-            request.gotLength(0)
             done = Deferred.fromCoroutine(_received(resource, request, body))
             self.factory.watch(done.addErrback(self._failed, request))
         else:
@@ -249,7 +246,7 @@ class StreamingChannel(Protocol):
         request.postpath = [unquote_to_bytes(segment) for segment in request.path[1:].split(b"/")]
         request.setHeader(b"Server", server_version)
         request.setHeader(b"Date", datetimeToString())
-        request.content = BytesIO()
+        request.content = BytesIO()  # empty for a streaming resource, and replaced for any other
         if request.path == b"*":
             return None
         try:
@@ -480,7 +477,7 @@ class StreamingChannel(Protocol):
 
     def resumeProducing(self) -> None:
         """The client has read what the transport had."""
-        self._is_full = self._awaits_client = False
+        self._is_full = False
         self._send()
         if self._is_full:
             return
@@ -508,7 +505,6 @@ class StreamingChannel(Protocol):
             producer.stopProducing()
 
     def _await_client(self) -> None:
-        self._awaits_client = True
         self._head_began = False
         self._expect_reading(UNREAD_TIME)
 
