@@ -13,6 +13,7 @@ The map. Each number is a floor, and imports go downwards only
   certificate.py   0  a self-signed certificate for trying things out
   loop/               from the socket to plaintext
     pending.py     1  readers that the kernel cannot announce, and how they get a turn
+    presence.py    1  is the peer of a paused connection still there?
     tls.py         2  the TLS transport: bounded reads, exact pause
     reactor.py     3  the reactors that poll: they merge pending readers into each turn
     foreign.py     4  the reactor on a loop that drives itself: asyncio, uvloop

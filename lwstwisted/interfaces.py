@@ -28,8 +28,33 @@ class IPendingReads(Interface):
         a full budget or a pause (over by now) kept it from reading again.
         """
 
+    def parkPending(reader):
+        """Note that ``reader`` may have input left and is paused: it gets no turn, and costs none."""
+
     def removePending(reader):
-        """Forget the mark of ``reader``; nothing happens where there is none."""
+        """Forget ``reader``, pending or parked; nothing happens where it is neither."""
+
+    def statistics():
+        """What happened so far and what is held now, as :class:`LoopStatistics`."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopStatistics:
+    """What an event loop has done since it was made, and what it holds at this moment.
+
+    :ivar turns: how often it waited for events; None where the loop does not tell (uvloop).
+    :ivar longest_turn: seconds from the end of a wait to the begin of the next, at most: so long everybody else
+        had to wait. None where the loop does not tell.
+    :ivar synthesised_reads: turns given to readers by the pending-read list and not by the kernel.
+    :ivar pending: readers that get such a turn next.
+    :ivar parked: readers that may have input left and whose consumer has paused them.
+    """
+
+    turns: int | None
+    longest_turn: float | None
+    synthesised_reads: int
+    pending: int
+    parked: int
 
 
 class IFakePollin(Interface):

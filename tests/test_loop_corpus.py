@@ -68,6 +68,9 @@ class WithoutDefaultPath(EPollReactor):
     def addPending(self, reader: IReadDescriptor) -> None:
         pass
 
+    def parkPending(self, reader: IReadDescriptor) -> None:
+        pass
+
     def removePending(self, reader: IReadDescriptor) -> None:
         pass
 

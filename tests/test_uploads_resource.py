@@ -32,6 +32,7 @@ from twisted.web.server import Site
 from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
 from lwstwisted.interfaces import Name, PartialFile
+from lwstwisted.loop import presence
 from lwstwisted.stores.local import LocalStore
 from lwstwisted.uploads import transfer
 from lwstwisted.uploads.resource import UploadResource
@@ -587,7 +588,8 @@ class StreamingTests(Uploading, SiteCase):
         self.assertEqual([name for name in everything(self.root) if name[0] != "."], ["x"])
 
     async def test_client_leaves_during_a_pause(self) -> None:
-        """Its going is seen when the store has caught up; then nothing is left of it."""
+        """A reset is seen while the store is still behind; when that has caught up, nothing is left of the upload."""
+        self.patch(presence, "LOOK_INTERVAL", 0.05)
         store = self.begin(GatedStore, is_open=False)
         before = everything(self.root)
         open_before = self.descriptors()
@@ -607,6 +609,8 @@ class StreamingTests(Uploading, SiteCase):
 
             await deferToThread(run)
             self.assertGreater(store.appended, 0)
+            if is_reset:
+                await self.until_lost(self.came)
             store.open_gate()
             await self.until(lambda: self.descriptors() <= open_before, "all descriptors were closed")
             self.assertEqual(everything(self.root), before)

@@ -8,15 +8,45 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Self
+import selectors
+import time
+from typing import Any, Self
 
 from twisted.internet.asyncioreactor import AsyncioSelectorReactor
 from twisted.internet.interfaces import IReadDescriptor
 
+from lwstwisted.interfaces import LoopStatistics
 from lwstwisted.loop.reactor import PendingReadsReactor
 
 EVENT_LOOP = "LWSTWISTED_EVENT_LOOP"
 """Environment variable: ``uvloop`` runs ``--reactor=lws-asyncio`` on that; unset or ``asyncio``, on asyncio's own."""
+
+
+class _CountingSelector(selectors.DefaultSelector):
+    """Where asyncio waits: the end of one turn, and the begin of the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = 0
+        self.longest_turn = 0.0
+        self._woken: float | None = None
+
+    def select(self, timeout: float | None = None) -> Any:
+        if self._woken is not None:
+            self.longest_turn = max(self.longest_turn, time.monotonic() - self._woken)
+        self.turns += 1
+        try:
+            return super().select(timeout)
+        finally:
+            self._woken = time.monotonic()
+
+
+class CountingEventLoop(asyncio.SelectorEventLoop):
+    """asyncio's own loop, and how many turns it took."""
+
+    def __init__(self) -> None:
+        self.waits = _CountingSelector()
+        super().__init__(self.waits)
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -33,7 +63,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
         return loop
     if wanted != "asyncio":
         raise ValueError(f"{EVENT_LOOP} is asyncio or uvloop, not {wanted}")
-    return asyncio.SelectorEventLoop()
+    return CountingEventLoop()
 
 
 class LwsAsyncioReactor(PendingReadsReactor, AsyncioSelectorReactor):
@@ -43,7 +73,7 @@ class LwsAsyncioReactor(PendingReadsReactor, AsyncioSelectorReactor):
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
-        self._loop = asyncio.SelectorEventLoop() if loop is None else loop
+        self._loop = CountingEventLoop() if loop is None else loop
         super().__init__(self._loop)
 
     @classmethod
@@ -52,6 +82,12 @@ class LwsAsyncioReactor(PendingReadsReactor, AsyncioSelectorReactor):
         loop = new_event_loop()
         asyncio.set_event_loop(loop)
         return cls._installed(cls(loop))
+
+    def statistics(self) -> LoopStatistics:
+        """See ``PendingReadsReactor``; turns are counted on a :class:`CountingEventLoop`."""
+        if isinstance(self._loop, CountingEventLoop):
+            return self._pending.statistics(self._loop.waits.turns, self._loop.waits.longest_turn)
+        return self._pending.statistics()
 
     def fake_pollin(self, readers: list[IReadDescriptor]) -> bool:
         """Ask the loop for one call for all that become pending before it; always True."""

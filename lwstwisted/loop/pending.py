@@ -41,7 +41,7 @@ from twisted.python import log
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from lwstwisted.interfaces import IFakePollin, IPendingReads
+from lwstwisted.interfaces import IFakePollin, IPendingReads, LoopStatistics
 
 
 @implementer(IPendingReads)
@@ -55,7 +55,9 @@ class PendingReads:
         self._reactor = reactor
         self._has_hook = IFakePollin.providedBy(reactor)
         self._marked: dict[IReadDescriptor, None] = {}
+        self._parked: set[IReadDescriptor] = set()
         self._scheduled = False
+        self._synthesised = 0
 
     def __contains__(self, reader: IReadDescriptor) -> bool:
         return reader in self._marked
@@ -67,13 +69,24 @@ class PendingReads:
         """See :class:`~lwstwisted.interfaces.IPendingReads`."""
         if reader in self._marked:
             return
+        self._parked.discard(reader)
         self._marked[reader] = None
         if not (self._has_hook and self._reactor.fake_pollin([reader])):
             self._default_path()
 
+    def parkPending(self, reader: IReadDescriptor) -> None:
+        """See :class:`~lwstwisted.interfaces.IPendingReads`."""
+        self._marked.pop(reader, None)
+        self._parked.add(reader)
+
     def removePending(self, reader: IReadDescriptor) -> None:
         """See :class:`~lwstwisted.interfaces.IPendingReads`."""
         self._marked.pop(reader, None)
+        self._parked.discard(reader)
+
+    def statistics(self, turns: int | None = None, longest_turn: float | None = None) -> LoopStatistics:
+        """What this list has done and holds, beside what its loop says of its turns."""
+        return LoopStatistics(turns, longest_turn, self._synthesised, len(self._marked), len(self._parked))
 
     def service(self, reader: IReadDescriptor) -> None:
         """Give ``reader`` its turn, if it is still marked; a loop calls this from its own turn.
@@ -82,6 +95,7 @@ class PendingReads:
         """
         if reader in self._marked:
             del self._marked[reader]
+            self._synthesised += 1
             log.callWithLogger(reader, self._read, reader)
 
     def _read(self, reader: IReadDescriptor) -> None:

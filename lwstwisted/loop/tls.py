@@ -36,12 +36,14 @@ from twisted.internet import tcp
 from twisted.internet.interfaces import IProtocolFactory
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
 from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from twisted.python import log
 from twisted.python.failure import Failure
 
 from lwstwisted.interfaces import IBufferReceiver
 from lwstwisted.loop.pending import pending_reads
+from lwstwisted.loop.presence import PeerWatch
 
 READ_BUDGET = 256 * 1024
 """Plaintext bytes of one connection in one turn. Above this no CPU is gained; below, latency beside
@@ -52,6 +54,8 @@ CIPHERTEXT_READ = 256 * 1024
 
 SEND_READ = 64 * 1024
 """Ciphertext bytes taken out of the sending BIO at once: four records and their frames."""
+
+_log = Logger()
 
 # --- Names that are not public -------------------------------------------------------------------
 
@@ -185,14 +189,17 @@ class TLSTransport(BufferingTLSTransport):
     _broken = False  # the protocol raised: it gets nothing more but its connectionLost
     _ending = False  # the transport below is gone
     _reading_below = True
+    _explained: frozenset[str] = frozenset()  # why a read was synthesised, as far as it is in the log
 
     def makeConnection(self, transport: Any) -> None:
         """See ``IProtocol``."""
         self._budget = getattr(self.factory, "budget", READ_BUDGET)
         self._buffers = getattr(self.factory, "buffers", _buffers)
-        self._pending = pending_reads(_reactor_below(transport))
+        reactor = _reactor_below(transport)
+        self._pending = pending_reads(reactor)
         self._reader: Any = transport if isinstance(transport, TLSServer) else self
         self._takes_views = IBufferReceiver.providedBy(self.wrappedProtocol)
+        self._watch = PeerWatch(reactor, transport, lambda: self._paused, self._peer_has_gone)
         super().makeConnection(transport)  # type: ignore[no-untyped-call]
         self._settle()
 
@@ -207,16 +214,16 @@ class TLSTransport(BufferingTLSTransport):
         """Deliver nothing from now on."""
         self._paused = True
         self._deaf = self._deaf or bool(self.disconnecting)
-        self._pending.removePending(self._reader)
+        self._list()
         self._settle()
+        self._watch.start()
 
     def resumeProducing(self) -> None:
         """Deliver again: leftovers first, in the next turn, then what the socket brings."""
         if not self._paused:
             return
         self._paused = False
-        if self._leftover and not self._delivering:
-            self._pending.addPending(self._reader)
+        self._list("its consumer resumed")
         self._settle()
 
     def stopProducing(self) -> None:
@@ -245,8 +252,8 @@ class TLSTransport(BufferingTLSTransport):
         """
         self._deaf = self._deaf or self._delivering or self._paused
         super().loseConnection()
-        if self.disconnecting and self._leftover and not self._delivering and not self._ending:
-            self._pending.addPending(self._reader)
+        if self.disconnecting and not self._ending:
+            self._list("it is closing, and the peer's goodbye may be behind what is left")
         self._settle()
 
     def abortConnection(self) -> None:
@@ -256,6 +263,7 @@ class TLSTransport(BufferingTLSTransport):
             return
         self._leftover = False  # so that a late resumeProducing() finds nothing to come back for
         self._pending.removePending(self._reader)
+        self._watch.stop()
         super().abortConnection()  # type: ignore[no-untyped-call]
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -263,7 +271,12 @@ class TLSTransport(BufferingTLSTransport):
         self._ending = True
         self._leftover = False
         self._pending.removePending(self._reader)
+        self._watch.stop()
         super().connectionLost(reason)
+
+    def _peer_has_gone(self) -> None:
+        _log.debug("{peer} left during a pause", peer=cast(Any, self).getPeer())
+        self.abortConnection()
 
     # The loop that takes plaintext out
 
@@ -279,8 +292,8 @@ class TLSTransport(BufferingTLSTransport):
             self._buffers.give_back(buffer)
         if not self._ending:
             self._flushSendBIO()
-            if self._leftover and not self._holds_back():
-                self._pending.addPending(self._reader)
+            if self._leftover:
+                self._list("the budget of its turn was used up")
             self._settle()
 
     def _take_out(self, buffer: PlaintextBuffer) -> bool:
@@ -307,6 +320,24 @@ class TLSTransport(BufferingTLSTransport):
             else:
                 self._tlsShutdownFinished(Failure(stopped))  # type: ignore[no-untyped-call]
         return False
+
+    def _list(self, why: str = "") -> None:
+        """Bring the pending-read list up to date: pending if plaintext is left, parked if a pause holds it back.
+
+        :param why: what makes it pending; each reason is logged once for a connection.
+        """
+        if self._delivering:
+            return  # the loop that delivers does it when it stops
+        if not self._leftover:
+            self._pending.removePending(self._reader)
+        elif self._holds_back():
+            self._pending.parkPending(self._reader)
+        else:
+            if why not in self._explained:
+                self._explained |= {why}
+                peer = cast(Any, self).getPeer()
+                _log.debug("{peer} is read without an event of its socket: {why}", peer=peer, why=why)
+            self._pending.addPending(self._reader)
 
     def _connection(self) -> SSL.Connection:
         return cast(SSL.Connection, self.getHandle())  # type: ignore[no-untyped-call]

@@ -36,7 +36,7 @@ from io import BytesIO
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import (
     IConsumer,
     IHalfCloseableProtocol,
@@ -57,6 +57,7 @@ from lwstwisted import errors
 from lwstwisted.errors import BodyCut, BodyStopped, Refused
 from lwstwisted.flow import Valve
 from lwstwisted.interfaces import IBufferReceiver, IStreamingResource
+from lwstwisted.loop.presence import PeerWatch
 from lwstwisted.web.answers import answer_refusal, bare_answer, refusal_for, unread_bytes
 from lwstwisted.web.body import RequestBody, Spool
 from lwstwisted.web.deadline import Deadline
@@ -127,8 +128,10 @@ class StreamingChannel(Protocol):
         self._is_producer_paused = False
         self._is_full = False  # the transport takes nothing until the client has read
         self._unsent: deque[memoryview] = deque()
-        self._valve = Valve(self._below.pauseProducing, self._below.resumeProducing)
-        self._deadline = Deadline(self.factory.reactor)
+        self._valve = Valve(self._pause_below, self._below.resumeProducing)
+        clock = self.factory.reactor
+        self._watch = PeerWatch(clock, self._below, lambda: not self._valve.is_open, self.forceAbortClient)
+        self._deadline = Deadline(clock)
         self.factory.channels.add(self)
         if ITCPTransport.providedBy(self._below):
             self._below.setTcpNoDelay(True)
@@ -187,6 +190,10 @@ class StreamingChannel(Protocol):
             self._body.receive(event)
         return True
 
+    def _pause_below(self) -> None:
+        self._below.pauseProducing()
+        self._watch.start()
+
     def _settle(self) -> None:
         if self._wire.buffered > READ_AHEAD:
             self._valve.close("buffered")
@@ -232,7 +239,7 @@ class StreamingChannel(Protocol):
         resource = self._find(request)
         self._is_streaming = IStreamingResource.providedBy(resource)
         if self._is_streaming:
-            done = Deferred.fromCoroutine(_received(resource, request, body))
+            done = maybeDeferred(resource.receive, request, body)
             self.factory.watch(done.addErrback(self._failed, request))
         else:
             if not head.has_content:
@@ -582,6 +589,7 @@ class StreamingChannel(Protocol):
         """See ``IProtocol``."""
         self._life = _Life.LOST
         self._deadline.stop()
+        self._watch.stop()
         self._unsent.clear()
         self.stopProducing()
         self.factory.channels.discard(self)
@@ -590,7 +598,3 @@ class StreamingChannel(Protocol):
             request.connectionLost(reason)
         self._cut_body(Failure(BodyCut("connection lost")))
         self._body = None
-
-
-async def _received(resource: Any, request: Request, body: RequestBody) -> None:
-    await resource.receive(request, body)
