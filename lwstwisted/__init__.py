@@ -22,6 +22,7 @@ The map. Each number is a floor, and imports go downwards only
     body.py        2  the body of a request while it arrives
     deadline.py    1  one timer for one connection
     answers.py     1  what a refused client is told, and whether it reads it
+    outgoing.py    2  answers on their way to a client that may be slow
     channel.py     3  the protocol: between transport, framing and requests
     site.py        4  the Site that an application uses
   stores/             from bytes to files

@@ -37,7 +37,6 @@ from lwstwisted.errors import BodyCut, BodyStopped, Refusal, Refused
 from lwstwisted.interfaces import IBufferReceiver, IRequestBody, IStreamingResource
 from lwstwisted.web import channel as channel_module
 from lwstwisted.web.channel import (
-    ANSWER_SLICE,
     BODY_TIME,
     CLOSE_TIME,
     HEAD_TIME,
@@ -46,6 +45,7 @@ from lwstwisted.web.channel import (
     READ_AHEAD,
     UNREAD_TIME,
 )
+from lwstwisted.web.outgoing import ANSWER_SLICE
 from lwstwisted.web.site import StreamingSite
 from tests.test_web_wire import BODY_ROWS, HEAD_ROWS, NEXT, chunked, head
 
@@ -1299,7 +1299,7 @@ class UnreadTests(SynchronousTestCase):
         self.requests[0].write(bytes(2 * ANSWER_SLICE))
         talk.clock.advance(UNREAD_TIME)
         self.assertTrue(talk.is_aborted)
-        talk.channel.stopProducing()
+        talk.transport.producer.stopProducing()
         self.assertEqual(producer.calls, ["pause", "stop"])
 
     def test_pull_producer(self) -> None:

@@ -20,10 +20,6 @@ read it, while what it still sends is thrown away. Closed at once, the kernel wo
 reset, and a client may drop an answer that it has not read yet; and one that looks for the answer only when it has
 sent everything would wait for a full socket.
 
-**Writing.** The channel is the transport's only producer; a resource's producer is paused and resumed through it.
-A long answer is given to the transport slice by slice, so that a client which reads slowly is told from one which
-does not read at all.
-
 **Deadlines.** One timer for each connection, with one meaning at a time. The client's clock stops while we
 are the ones who pause.
 """
@@ -31,7 +27,6 @@ are the ones who pause.
 from __future__ import annotations
 
 import enum
-from collections import deque
 from io import BytesIO
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
@@ -40,7 +35,6 @@ from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import (
     IConsumer,
     IHalfCloseableProtocol,
-    IPushProducer,
     ISSLTransport,
     ITCPTransport,
 )
@@ -61,6 +55,7 @@ from lwstwisted.loop.presence import PeerWatch
 from lwstwisted.web.answers import answer_refusal, bare_answer, refusal_for, unread_bytes
 from lwstwisted.web.body import RequestBody, Spool
 from lwstwisted.web.deadline import Deadline
+from lwstwisted.web.outgoing import Outgoing
 from lwstwisted.web.wire import End, Head, Signal, State, Wire
 
 READ_AHEAD = 64 * 1024
@@ -73,10 +68,6 @@ BODY_TIME = 60.0
 """Seconds without a byte of the body, while we want one (nginx' client_body_timeout)."""
 UNREAD_TIME = 30.0
 """Seconds in which a client reads nothing of its answer before it is cut."""
-ANSWER_SLICE = 64 * 1024
-"""Bytes of an answer given to the transport at once; what is behind them waits for the client to read."""
-PULL_AGAIN = 0.01
-"""Seconds until a producer that had nothing to give (the answer to HEAD, say) is asked again."""
 LINGER_TIME = 2.0
 """Seconds for reading an early answer, while the rest of the body is thrown away."""
 CLOSE_TIME = 10.0
@@ -95,7 +86,7 @@ class _Life(enum.Enum):
     LOST = enum.auto()
 
 
-@implementer(IBufferReceiver, IPushProducer, IHalfCloseableProtocol)
+@implementer(IBufferReceiver, IHalfCloseableProtocol)
 class StreamingChannel(Protocol):
     """One HTTP/1.1 connection of a :class:`~lwstwisted.web.site.StreamingSite`.
 
@@ -120,14 +111,7 @@ class StreamingChannel(Protocol):
         self._head_began = False
         self._keep_alive = True
         self._pumping = False
-        self._producer: Any = None
-        self._is_pulled = False  # the resource's producer is asked for each piece
-        self._will_pull = False
         self._is_ended = False  # the client has ended its side
-        self._has_written = False
-        self._is_producer_paused = False
-        self._is_full = False  # the transport takes nothing until the client has read
-        self._unsent: deque[memoryview] = deque()
         self._valve = Valve(self._pause_below, self._below.resumeProducing)
         clock = self.factory.reactor
         self._watch = PeerWatch(clock, self._below, lambda: not self._valve.is_open, self.forceAbortClient)
@@ -135,7 +119,7 @@ class StreamingChannel(Protocol):
         self.factory.channels.add(self)
         if ITCPTransport.providedBy(self._below):
             self._below.setTcpNoDelay(True)
-        self._below.registerProducer(self, True)
+        self._out = Outgoing(self, self._below, clock)
         self._set_idle()
 
     # Bytes
@@ -202,7 +186,7 @@ class StreamingChannel(Protocol):
         self._set_deadline()
 
     def _set_deadline(self) -> None:
-        if self._is_full or self._life is not _Life.OPEN:
+        if self._out.is_full or self._life is not _Life.OPEN:
             return  # the client's deadline was set when it began
         if self._request is None:
             if not self._wire.has_begun:
@@ -365,25 +349,12 @@ class StreamingChannel(Protocol):
 
     def write(self, data: bytes) -> None:
         """Send a piece of the response."""
-        self._has_written = True
-        if self._is_full or len(data) > ANSWER_SLICE:
-            self._unsent.append(memoryview(data))
-            self._send()
-        else:
-            self._below.write(data)
+        self._out.write(data)
 
     def writeSequence(self, pieces: list[bytes]) -> None:
         """Send pieces of the response."""
         for piece in pieces:
-            self.write(piece)
-
-    def _send(self) -> None:
-        """Give the transport as much as it takes."""
-        while self._unsent and not self._is_full:
-            view = self._unsent.popleft()
-            if len(view) > ANSWER_SLICE:
-                self._unsent.appendleft(view[ANSWER_SLICE:])
-            self._below.write(bytes(view[:ANSWER_SLICE]))
+            self._out.write(piece)
 
     def requestDone(self, request: Request) -> None:
         """The response is complete."""
@@ -405,43 +376,17 @@ class StreamingChannel(Protocol):
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """Let a resource stream its response: it is paused instead of its client."""
-        if self._producer is not None:
+        if self._out.has_producer:
             raise RuntimeError("the response has a producer already")
-        self._producer = producer
-        self._is_pulled = not streaming
         self._valve.open("unread")
-        if self._is_pulled:
-            self._pull()
-        elif self._is_full:
-            self._pause_producer()
+        self._out.register(producer, streaming)
 
     def unregisterProducer(self) -> None:
         """The resource has written what it had."""
-        if self._producer is not None:
-            self._producer = None
-            self._is_producer_paused = self._is_pulled = False
-            if self._is_full:
+        if self._out.has_producer:
+            self._out.unregister()
+            if self._out.is_full:
                 self._valve.close("unread")
-
-    def _pull_in(self, seconds: float) -> None:
-        if not self._will_pull:
-            self._will_pull = True
-            self.factory.reactor.callLater(seconds, self._pull)
-
-    def _pull(self) -> None:
-        """Ask the resource's producer for a piece, and again later, also when it had none to give."""
-        self._will_pull = False
-        if not self._is_pulled or self._is_full or self._life is _Life.LOST:
-            return
-        self._has_written = False
-        try:
-            self._producer.resumeProducing()
-        except Exception:
-            _log.failure("a producer of an answer failed")
-            self.forceAbortClient()
-            return
-        if self._is_pulled and not self._is_full:
-            self._pull_in(0 if self._has_written else PULL_AGAIN)
 
     def getPeer(self) -> Any:
         """The client's address."""
@@ -464,52 +409,27 @@ class StreamingChannel(Protocol):
         if self._request is not None:
             answer_refusal(self._request, Refused(errors.BAD_FORM))
 
-    # What the transport calls: the client reads its answers, or does not
+    # The client reads its answers, or does not
 
-    def pauseProducing(self) -> None:
-        """The client is behind: nothing more is sent, and no further request is taken from it."""
-        if self._is_full:
-            return
-        self._is_full = True
+    def client_is_behind(self) -> None:
+        """No further request is taken from a client that is behind, unless a resource can be paused for it."""
         self._await_client()
-        if self._producer is not None:
-            self._pause_producer()
-        else:
+        if not self._out.has_producer:
             self._valve.close("unread")
 
-    def _pause_producer(self) -> None:
-        if not self._is_pulled and not self._is_producer_paused:
-            self._is_producer_paused = True
-            self._producer.pauseProducing()
-
-    def resumeProducing(self) -> None:
+    def client_has_read(self) -> None:
         """The client has read what the transport had."""
-        self._is_full = False
-        self._send()
-        if self._is_full:
-            return
         if self._life is _Life.CLOSING:
             self._say_goodbye()
         elif self._life is _Life.LINGERING:
             self._valve.open("unread")
             self._deadline.set(LINGER_TIME, self._close)
-        elif self._producer is not None:
+        elif self._out.has_producer:
             self._set_deadline()
-            if self._is_pulled:
-                self._pull()
-            elif self._is_producer_paused:
-                self._is_producer_paused = False
-                self._producer.resumeProducing()
+            self._out.go_on()
         else:
             self._valve.open("unread")
             self.pump()
-
-    def stopProducing(self) -> None:
-        """The transport is gone; ``connectionLost`` follows."""
-        producer, self._producer = self._producer, None
-        self._is_pulled = False
-        if producer is not None:
-            producer.stopProducing()
 
     def _await_client(self) -> None:
         self._head_began = False
@@ -563,7 +483,7 @@ class StreamingChannel(Protocol):
     def _close(self) -> None:
         if self._life in (_Life.OPEN, _Life.LINGERING):
             self._life = _Life.CLOSING
-            if self._is_full:
+            if self._out.is_full:
                 self._await_client()
             else:
                 self._say_goodbye()
@@ -590,8 +510,7 @@ class StreamingChannel(Protocol):
         self._life = _Life.LOST
         self._deadline.stop()
         self._watch.stop()
-        self._unsent.clear()
-        self.stopProducing()
+        self._out.stopProducing()
         self.factory.channels.discard(self)
         request, self._request = self._request, None
         if request is not None:
