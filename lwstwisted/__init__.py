@@ -18,9 +18,11 @@ The map. Each number is a floor, and imports go downwards only
     reactor.py     3  the reactors that poll: they merge pending readers into each turn
     foreign.py     4  the reactor on a loop that drives itself: asyncio, uvloop
   web/                bytes become a request whose body a resource can watch arriving
+    limits.py      0  what one client may take: bytes, time, connections
+    tally.py       0  refusals outside of requests, in one log line a second
     wire.py        1  where requests and bodies begin and end; no I/O
     body.py        2  the body of a request while it arrives
-    deadline.py    1  one timer for one connection
+    deadline.py    1  one timer for one connection, and the least rate of a body
     answers.py     1  what a refused client is told, and whether it reads it
     outgoing.py    2  answers on their way to a client that may be slow
     channel.py     3  the protocol: between transport, framing and requests

@@ -22,8 +22,8 @@ from lwstwisted.certificate import ensure_development_certificate
 from lwstwisted.stores.local import LocalStore
 from lwstwisted.stores.names import STATE_FOLDER
 from lwstwisted.uploads.resource import UploadResource
+from lwstwisted.web.limits import MAX_LENGTH
 from lwstwisted.web.site import StreamingSite
-from lwstwisted.web.wire import MAX_LENGTH
 
 DEFAULT_PORT = 8443
 DEFAULT_ROOT = "uploads"

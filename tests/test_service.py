@@ -24,7 +24,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from lwstwisted import service
 from lwstwisted.service import Options, curl_hints, default_endpoint, makeService, on_loopback, parse_size
-from lwstwisted.web.wire import MAX_LENGTH
+from lwstwisted.web.limits import MAX_LENGTH
 from tests.servers import PATIENCE, free_port
 from tests.test_uploads_transfer import GatedStore
 

@@ -38,7 +38,7 @@ from lwstwisted.interfaces import Entry, IRequestBody, IStreamingResource, Name,
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.put import put
 from lwstwisted.web.answers import answer_refusal, refusal_for
-from lwstwisted.web.wire import MAX_LENGTH
+from lwstwisted.web.limits import MAX_LENGTH
 
 SPOOL_READ = 256 * 1024
 """Bytes read at once from a body that a stock ``Site`` has spooled."""

@@ -15,7 +15,7 @@ first reason and the last one touch the transport. On resume the wire is drained
 again, and only then is the transport resumed; so the order of the bytes is the order of the buffers.
 
 **An answer before the end of the body.** If the rest of the body has arrived already, it is thrown away and
-the connection goes on. Otherwise the answer says ``Connection: close``, and the client gets :data:`LINGER_TIME` to
+the connection goes on. Otherwise the answer says ``Connection: close``, and the client gets ``linger_time`` to
 read it, while what it still sends is thrown away. Closed at once, the kernel would answer the unread bytes with a
 reset, and a client may drop an answer that it has not read yet; and one that looks for the answer only when it has
 sent everything would wait for a full socket.
@@ -35,6 +35,7 @@ from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import (
     IConsumer,
     IHalfCloseableProtocol,
+    IHandshakeListener,
     ISSLTransport,
     ITCPTransport,
 )
@@ -54,25 +55,12 @@ from lwstwisted.interfaces import IBufferReceiver, IStreamingResource
 from lwstwisted.loop.presence import PeerWatch
 from lwstwisted.web.answers import answer_refusal, bare_answer, refusal_for, unread_bytes
 from lwstwisted.web.body import RequestBody, Spool
-from lwstwisted.web.deadline import Deadline
+from lwstwisted.web.deadline import Deadline, MinimumRate
 from lwstwisted.web.outgoing import Outgoing
 from lwstwisted.web.wire import End, Head, Signal, State, Wire
 
 READ_AHEAD = 64 * 1024
 """Bytes that the wire may hold while nobody takes them: more than any head, and a small upload whole."""
-IDLE_TIME = 75.0
-"""Seconds that a connection may be idle between requests (nginx' keepalive_timeout); ``Site``'s ``timeout``."""
-HEAD_TIME = 10.0
-"""Seconds for a whole head, from its first byte; a byte now and then does not extend it."""
-BODY_TIME = 60.0
-"""Seconds without a byte of the body, while we want one (nginx' client_body_timeout)."""
-UNREAD_TIME = 30.0
-"""Seconds in which a client reads nothing of its answer before it is cut."""
-LINGER_TIME = 2.0
-"""Seconds for reading an early answer, while the rest of the body is thrown away."""
-CLOSE_TIME = 10.0
-"""Seconds from the decision to close until the connection is aborted: a TLS peer may never say goodbye."""
-
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _log = Logger()
 
@@ -86,7 +74,7 @@ class _Life(enum.Enum):
     LOST = enum.auto()
 
 
-@implementer(IBufferReceiver, IHalfCloseableProtocol)
+@implementer(IBufferReceiver, IHalfCloseableProtocol, IHandshakeListener)
 class StreamingChannel(Protocol):
     """One HTTP/1.1 connection of a :class:`~lwstwisted.web.site.StreamingSite`.
 
@@ -102,8 +90,10 @@ class StreamingChannel(Protocol):
         self._below = cast(Any, self.transport)
         # Asked for by each request, also by one that is delivered when the socket is gone.
         self._peer, self._host = self._below.getPeer(), self._below.getHost()
-        self._wire = Wire()
+        self._limits = self.factory.limits
+        self._wire = Wire(self._limits)
         self._life = _Life.OPEN
+        self._requests_left = self._limits.requests
         self._request: Request | None = None
         self._body: RequestBody | None = None
         self._is_streaming = False
@@ -116,11 +106,37 @@ class StreamingChannel(Protocol):
         clock = self.factory.reactor
         self._watch = PeerWatch(clock, self._below, lambda: not self._valve.is_open, self.forceAbortClient)
         self._deadline = Deadline(clock)
-        self.factory.channels.add(self)
+        self._rate: MinimumRate | None = None
+        self._is_shaking = ISSLTransport.providedBy(self._below)
         if ITCPTransport.providedBy(self._below):
             self._below.setTcpNoDelay(True)
         self._out = Outgoing(self, self._below, clock)
-        self._set_idle()
+        if not self.factory.admit(self):
+            self._turn_away()
+        elif self._is_shaking:
+            self._deadline.set(self._limits.handshake_time, self._not_shaken)
+        else:
+            self._set_idle()
+
+    def handshakeCompleted(self) -> None:
+        """See ``IHandshakeListener``."""
+        if self._is_shaking and self._life is _Life.OPEN:
+            self._is_shaking = False
+            self._set_idle()
+
+    def _not_shaken(self) -> None:
+        self.factory.tally.count(errors.HANDSHAKE_TIMEOUT.code, self._peer)
+        self.forceAbortClient()
+
+    def _turn_away(self) -> None:
+        """There are too many connections. A handshake would be too dear for saying so."""
+        self.factory.tally.count(errors.TOO_MANY_CONNECTIONS.code, self._peer)
+        if self._is_shaking or not self.factory.may_linger:
+            self._life = _Life.CLOSING
+            self.forceAbortClient()
+        else:
+            self._below.write(bare_answer(errors.TOO_MANY_CONNECTIONS))
+            self._linger()
 
     # Bytes
 
@@ -131,6 +147,7 @@ class StreamingChannel(Protocol):
     def bufferReceived(self, view: memoryview) -> None:
         """See :class:`~lwstwisted.interfaces.IBufferReceiver`."""
         if self._life is _Life.OPEN:
+            self._is_shaking = False  # a protocol between us and TLS may not tell
             self._wire.receive(view)
             self.pump()
             self._wire.keep()
@@ -171,6 +188,8 @@ class StreamingChannel(Protocol):
             self._end_body()
         else:
             assert self._body is not None
+            if self._rate is not None:
+                self._rate.count(len(event))
             self._body.receive(event)
         return True
 
@@ -187,6 +206,8 @@ class StreamingChannel(Protocol):
 
     def _set_deadline(self) -> None:
         if self._out.is_full or self._life is not _Life.OPEN:
+            if self._rate is not None:
+                self._rate.hold()
             return  # the client's deadline was set when it began
         if self._request is None:
             if not self._wire.has_begun:
@@ -194,11 +215,16 @@ class StreamingChannel(Protocol):
                 self._set_idle()
             elif not self._head_began:
                 self._head_began = True
-                self._deadline.set(HEAD_TIME, lambda: self._refuse(Refused(errors.HEAD_TIMEOUT)))
+                self._deadline.set(self._limits.head_time, lambda: self._refuse(Refused(errors.HEAD_TIMEOUT)))
         elif self._body is not None and self._body.is_wanted:
-            self._deadline.set(BODY_TIME, self._body_timed_out)
+            self._deadline.set(self._limits.body_time, lambda: self._cut_late(errors.BODY_TIMEOUT))
+            if self._rate is not None:
+                self._rate.listen()
+            return
         else:
             self._deadline.clear()
+        if self._rate is not None:
+            self._rate.hold()
 
     def _set_idle(self) -> None:
         if self.factory.timeOut is None:
@@ -211,7 +237,8 @@ class StreamingChannel(Protocol):
     def _begin(self, head: Head) -> None:
         request = self.requestFactory(self)
         self._request = request
-        self._keep_alive = head.keep_alive
+        self._requests_left -= 1
+        self._keep_alive = head.keep_alive and self._requests_left > 0
         for name, value in head.headers:
             request.requestHeaders.addRawHeader(name, value)
         request.parseCookies()
@@ -220,6 +247,8 @@ class StreamingChannel(Protocol):
         request.path = path
         request.args = parse_qs(query, 1) if query else {}
         self._body = body = RequestBody(self, head)
+        if head.length != 0:
+            self._expect_rate()
         resource = self._find(request)
         self._is_streaming = IStreamingResource.providedBy(resource)
         if self._is_streaming:
@@ -229,6 +258,17 @@ class StreamingChannel(Protocol):
             if not head.has_content:
                 self._found = (resource, request.prepath, request.postpath)
             self._spool(request, body, head)
+
+    def _expect_rate(self) -> None:
+        if self._rate is None:
+            limits = self._limits
+            self._rate = MinimumRate(
+                self.factory.reactor,
+                limits.body_rate,
+                limits.body_rate_time,
+                lambda: self._cut_late(errors.BODY_TOO_SLOW),
+            )
+        self._rate.begin()
 
     def _find(self, request: Request) -> Any:
         """The resource for a request, as ``Request.process`` will find it; None if that has to fail itself."""
@@ -280,8 +320,8 @@ class StreamingChannel(Protocol):
         if self._body is not None:
             self._body.fail(reason)
 
-    def _body_timed_out(self) -> None:
-        self._cut_body(Failure(Refused(errors.BODY_TIMEOUT)))
+    def _cut_late(self, refusal: errors.Refusal) -> None:
+        self._cut_body(Failure(Refused(refusal)))
 
     def send_continue(self) -> None:
         """Tell a client that waits for it to send its body."""
@@ -311,6 +351,7 @@ class StreamingChannel(Protocol):
             answer_refusal(self._request, refused)
             return
         self._keep_alive = False
+        self.factory.tally.count(refused.refusal.code, self._peer)
         self._below.write(bare_answer(refused.refusal))
         self._linger()
 
@@ -423,7 +464,7 @@ class StreamingChannel(Protocol):
             self._say_goodbye()
         elif self._life is _Life.LINGERING:
             self._valve.open("unread")
-            self._deadline.set(LINGER_TIME, self._close)
+            self._deadline.set(self._limits.linger_time, self._close)
         elif self._out.has_producer:
             self._set_deadline()
             self._out.go_on()
@@ -433,7 +474,7 @@ class StreamingChannel(Protocol):
 
     def _await_client(self) -> None:
         self._head_began = False
-        self._expect_reading(UNREAD_TIME)
+        self._expect_reading(self._limits.unread_time)
 
     def _expect_reading(self, seconds: float) -> None:
         """Abort in ``seconds``, unless the client has read something of its answer by then."""
@@ -478,7 +519,7 @@ class StreamingChannel(Protocol):
         self._life = _Life.LINGERING
         self._valve.open("consumer")
         self._valve.open("buffered")
-        self._deadline.set(LINGER_TIME, self._close)
+        self._deadline.set(self._limits.linger_time, self._close)
 
     def _close(self) -> None:
         if self._life in (_Life.OPEN, _Life.LINGERING):
@@ -490,7 +531,7 @@ class StreamingChannel(Protocol):
 
     def _say_goodbye(self) -> None:
         # A TLS peer says goodbye when it has read everything, which may take its time.
-        self._expect_reading(CLOSE_TIME)
+        self._expect_reading(self._limits.close_time)
         self._below.unregisterProducer()
         self._below.loseConnection()
 
@@ -509,9 +550,11 @@ class StreamingChannel(Protocol):
         """See ``IProtocol``."""
         self._life = _Life.LOST
         self._deadline.stop()
+        if self._rate is not None:
+            self._rate.stop()
         self._watch.stop()
         self._out.stopProducing()
-        self.factory.channels.discard(self)
+        self.factory.leave(self)
         request, self._request = self._request, None
         if request is not None:
             request.connectionLost(reason)
