@@ -25,6 +25,8 @@ The map. Each number is a floor, and imports go downwards only
     deadline.py    1  one timer for one connection, and the least rate of a body
     answers.py     1  what a refused client is told, and whether it reads it
     outgoing.py    2  answers on their way to a client that may be slow
+    request.py     1  twisted.web's request, and interim responses
+    accesslog.py   2  one line for each request, for people or for programs
     channel.py     3  the protocol: between transport, framing and requests
     site.py        4  the Site that an application uses
   stores/             from bytes to files

@@ -57,11 +57,12 @@ from lwstwisted.web.answers import answer_refusal, bare_answer, refusal_for, unr
 from lwstwisted.web.body import RequestBody, Spool
 from lwstwisted.web.deadline import Deadline, MinimumRate
 from lwstwisted.web.outgoing import Outgoing
+from lwstwisted.web.request import CONTINUE, StreamingRequest, interim_response
 from lwstwisted.web.wire import End, Head, Signal, State, Wire
 
 READ_AHEAD = 64 * 1024
 """Bytes that the wire may hold while nobody takes them: more than any head, and a small upload whole."""
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_CONTINUE = interim_response(CONTINUE)
 _log = Logger()
 
 
@@ -83,7 +84,7 @@ class StreamingChannel(Protocol):
 
     factory: Any  # the StreamingSite, one floor up
     site: Any  # the same, by the name that Request knows
-    requestFactory: Any = Request
+    requestFactory: Any = StreamingRequest
 
     def connectionMade(self) -> None:
         """See ``Protocol``."""
@@ -188,10 +189,15 @@ class StreamingChannel(Protocol):
             self._end_body()
         else:
             assert self._body is not None
-            if self._rate is not None:
-                self._rate.count(len(event))
+            self._count(len(event))
             self._body.receive(event)
         return True
+
+    def _count(self, size: int) -> None:
+        if self._rate is not None:
+            self._rate.count(size)
+        if isinstance(self._request, StreamingRequest):
+            self._request.received += size
 
     def _pause_below(self) -> None:
         self._below.pauseProducing()
@@ -235,8 +241,13 @@ class StreamingChannel(Protocol):
     # A request
 
     def _begin(self, head: Head) -> None:
+        if self._requests_left == self._limits.requests:
+            # Known only now where a proxy tells it in front of the first request.
+            self._peer, self._host = self._below.getPeer(), self._below.getHost()
         request = self.requestFactory(self)
         self._request = request
+        if isinstance(request, StreamingRequest):
+            request.arrived = self.factory.reactor.seconds()
         self._requests_left -= 1
         self._keep_alive = head.keep_alive and self._requests_left > 0
         for name, value in head.headers:
@@ -329,6 +340,11 @@ class StreamingChannel(Protocol):
             return
         if not self._wire.buffered:  # else it did not wait
             self._below.write(_CONTINUE)
+
+    def send_interim(self, response: bytes) -> None:
+        """Send an interim response (see ``web/request.py``)."""
+        if self._life is _Life.OPEN:
+            self._below.write(response)
 
     def body_paused(self) -> None:
         """The consumer of the body wants no more."""

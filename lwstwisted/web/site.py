@@ -9,14 +9,13 @@ from typing import Any, cast
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
-from twisted.web.http import combinedLogFormatter, datetimeToLogString
-from twisted.web.iweb import IAccessLogFormatter
 from twisted.web.resource import IResource
 from twisted.web.server import Request, Site
-from zope.interface import provider
 
+from lwstwisted.web.accesslog import combined_log
 from lwstwisted.web.channel import StreamingChannel
 from lwstwisted.web.limits import DEFAULT_LIMITS, Limits
+from lwstwisted.web.request import StreamingRequest
 from lwstwisted.web.tally import Tally
 
 LINGERING = 100
@@ -39,16 +38,6 @@ def network_of(address: Any) -> str:
     return str(host)
 
 
-@provider(IAccessLogFormatter)
-def combined_log(timestamp: str, request: Request) -> str:
-    """Combined log format with the date of the wall clock: the reactor's clock may be another one.
-
-    :param timestamp: what the factory made of the reactor's clock; not used.
-    """
-    line: str = combinedLogFormatter(datetimeToLogString(), request)
-    return line
-
-
 class StreamingSite(Site):
     """A ``Site`` on which resources that provide
     :class:`~lwstwisted.interfaces.IStreamingResource` get request bodies as they arrive.
@@ -60,6 +49,7 @@ class StreamingSite(Site):
     """
 
     protocol = StreamingChannel  # type: ignore[assignment]
+    requestFactory = StreamingRequest
 
     def __init__(
         self,
