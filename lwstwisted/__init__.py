@@ -34,6 +34,8 @@ The map. Each number is a floor, and imports go downwards only
     tree.py        2  folders and names on the disk, safely resolved
     local.py       3  the disk: own threads, atomic and durable commit
   uploads/            from requests to stored files
+    conditions.py  1  what a client believes of a file: If-Match and its like
+    digests.py     1  what a client says its bytes hash to
     transfer.py    2  the bytes of one upload on their way to the store
     put.py         3  PUT
     resource.py    5  which method goes where; downloads and listings

@@ -105,6 +105,17 @@ CONTENT_RANGE = Refusal(
     "content_range", 400, "A PUT replaces the whole file; do not send Content-Range with it (RFC 9110 section 14.5)."
 )
 
+PRECONDITION_FAILED = Refusal(
+    "precondition_failed", 412, "The file is not what the conditions of the request say; look at it again."
+)
+BAD_CONDITION = Refusal("bad_condition", 400, "If-Match and If-None-Match are '*' or a list of quoted entity-tags.")
+BAD_DIGEST = Refusal(
+    "bad_digest", 400, "A digest field is malformed; write 'Repr-Digest: sha-256=:BASE64:' (RFC 9530)."
+)
+DIGEST_MISMATCH = Refusal(
+    "digest_mismatch", 400, "The body is not what its digest field says; it was damaged on its way, so send it again."
+)
+
 # Names.
 NAME_EMPTY = Refusal("name_empty", 400, "The path has an empty segment; name a file, without double slashes.")
 NAME_DOTS = Refusal("name_dots", 400, "The path has a '.' or '..' segment; send the path you mean.")

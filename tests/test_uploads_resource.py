@@ -83,8 +83,8 @@ class FailingStore(LocalStore):
 
     fail_at = -1
 
-    async def create(self, name: Name, length: int | None) -> Any:
-        return FailingFile(await super().create(name, length), self.fail_at)
+    async def create(self, name: Name, length: int | None, *options: Any) -> Any:
+        return FailingFile(await super().create(name, length, *options), self.fail_at)
 
 
 class FailingFile:
@@ -96,6 +96,10 @@ class FailingFile:
         self._left -= 1
         if self._left < 0:
             raise Refused(errors.DISK_FULL)
+
+    @property
+    def etag(self) -> str:
+        return self._part.etag
 
     async def append(self, data: memoryview) -> None:
         self._count()

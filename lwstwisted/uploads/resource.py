@@ -26,7 +26,7 @@ from urllib.parse import quote
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer
 from twisted.python.failure import Failure
-from twisted.web.http import NO_CONTENT
+from twisted.web.http import NO_CONTENT, NOT_MODIFIED
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 from twisted.web.static import File, getTypeAndEncoding
@@ -34,8 +34,10 @@ from zope.interface import implementer
 
 from lwstwisted import errors
 from lwstwisted.errors import BodyStopped, Refused
-from lwstwisted.interfaces import Entry, IRequestBody, IStreamingResource, Name, Store
+from lwstwisted.interfaces import Entry, Found, IRequestBody, IStreamingResource, Name, Store
 from lwstwisted.stores.names import parse_name
+from lwstwisted.uploads.conditions import Conditions, NotModified, is_range_wanted
+from lwstwisted.uploads.digests import repr_digest
 from lwstwisted.uploads.put import put
 from lwstwisted.web.answers import answer_refusal, refusal_for
 from lwstwisted.web.limits import MAX_LENGTH
@@ -91,7 +93,7 @@ class UploadResource(Resource):
         await put(request, body, self._store, parse_name(request.postpath or []), self._max_size)
 
     async def _delete(self, request: Request, body: IRequestBody) -> None:
-        await self._store.delete(parse_name(request.postpath or []))
+        await self._store.delete(parse_name(request.postpath or []), Conditions(request).check)
         if request.channel is None:
             return  # the client left meanwhile
         request.setResponseCode(NO_CONTENT)
@@ -109,19 +111,34 @@ class UploadResource(Resource):
         request.setHeader(b"X-Content-Type-Options", b"nosniff")
         if not is_folder:
             try:
-                _send_file(request, name, await self._store.open_file(name))
-                return
+                fd = await self._store.open_file(name)
             except Refused as refused:
                 if refused.refusal is not errors.IS_FOLDER:
                     raise
+            else:
+                _send_file(request, name, fd, self._store.describe(fd))
+                return
         _send_listing(request, await self._store.list_folder(name))
 
 
-def _send_file(request: Request, name: Name, fd: int) -> None:
+def _send_file(request: Request, name: Name, fd: int, found: Found) -> None:
     """Let twisted.web send what ``fd`` is, whatever its name has become meanwhile; closes ``fd``."""
     try:
         if request.channel is None:
             return  # the client left while the file was being opened
+        request.setHeader(b"ETag", found.etag.encode("ascii"))
+        if (digest := repr_digest(request, found.digests)) is not None:
+            request.setHeader(b"Repr-Digest", digest)
+        try:
+            Conditions(request).check(found)
+        except NotModified:
+            request.setResponseCode(NOT_MODIFIED)
+            request.finish()
+            return
+        if not is_range_wanted(request, found):
+            request.requestHeaders.removeHeader(b"range")
+        for field in (b"if-none-match", b"if-modified-since"):
+            request.requestHeaders.removeHeader(field)  # judged, and twisted.web would judge them again
         file = File(f"/proc/self/fd/{fd}")
         file.type, file.encoding = getTypeAndEncoding(
             name[-1], File.contentTypes, {}, "application/octet-stream"
