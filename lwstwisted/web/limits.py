@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import isfinite
 
 MAX_LENGTH = 2**63 - 1
 """Bytes of a body; what file systems and file offsets can say."""
@@ -59,7 +60,8 @@ class Limits:
         """:raises ValueError: for a limit under which nothing could be served."""
         for field in fields(self):
             may_be_zero = field.name in _MAY_BE_ZERO
-            if getattr(self, field.name) < (0 if may_be_zero else 1e-3):
+            value = getattr(self, field.name)
+            if not isfinite(value) or value < (0 if may_be_zero else 1e-3):
                 raise ValueError(f"{field.name} is a number above 0{', or 0' if may_be_zero else ''}")
 
 
