@@ -36,6 +36,7 @@ The map. Each number is a floor, and imports go downwards only
   uploads/            from requests to stored files
     conditions.py  1  what a client believes of a file: If-Match and its like
     digests.py     1  what a client says its bytes hash to
+    pages.py       1  folders with their upload form, as HTML or JSON
     transfer.py    2  the bytes of one upload on their way to the store
     put.py         3  PUT
     resource.py    5  which method goes where; downloads and listings
