@@ -32,13 +32,16 @@ The map. Each number is a floor, and imports go downwards only
   stores/             from bytes to files
     names.py       1  which names are allowed, and why not
     tree.py        2  folders and names on the disk, safely resolved
-    local.py       3  the disk: own threads, atomic and durable commit
+    batch.py       3  files that become visible together or not at all
+    local.py       4  the disk: own threads, atomic and durable commit
   uploads/            from requests to stored files
     conditions.py  1  what a client believes of a file: If-Match and its like
     digests.py     1  what a client says its bytes hash to
+    parts.py       1  the parts of a form: limits, names; no I/O
     pages.py       1  folders with their upload form, as HTML or JSON
     transfer.py    2  the bytes of one upload on their way to the store
     put.py         3  PUT
+    form.py        3  POST multipart/form-data
     resource.py    5  which method goes where; downloads and listings
   service.py       6  options, and how it all is put together and taken down
   __main__.py      7  the command line

@@ -116,6 +116,23 @@ DIGEST_MISMATCH = Refusal(
     "digest_mismatch", 400, "The body is not what its digest field says; it was damaged on its way, so send it again."
 )
 
+# Forms (RFC 7578). BAD_FORM, above, is their framing error.
+NOT_A_FORM = Refusal(
+    "not_a_form", 415, "POST takes forms of the type multipart/form-data; send a single file with PUT."
+)
+BAD_BOUNDARY = Refusal(
+    "bad_boundary", 400, "The Content-Type of a form has one boundary: 1 to 70 of the characters of RFC 2046."
+)
+FORM_CUT = Refusal("form_cut", 400, "The form ends before its last boundary; nothing of it was stored.")
+FORM_TOO_LARGE = Refusal(
+    "form_too_large", 413, "The form has too many parts, or too much in its headers, its fields or around its parts."
+)
+FORM_WITHOUT_FILE = Refusal("form_without_file", 400, "The form has no file in it; choose one and send it again.")
+FORM_NAME_TWICE = Refusal("form_name_twice", 400, "Two files of the form have the same name; rename one of them.")
+PART_ENCODING = Refusal(
+    "part_encoding", 415, "Send the files of a form as they are, without a transfer or content encoding of their own."
+)
+
 # Names.
 NAME_EMPTY = Refusal("name_empty", 400, "The path has an empty segment; name a file, without double slashes.")
 NAME_DOTS = Refusal("name_dots", 400, "The path has a '.' or '..' segment; send the path you mean.")

@@ -187,6 +187,31 @@ class PartialFile(Protocol):
         """Forget the file; nothing of it is left. Harmless after :meth:`commit` and when repeated."""
 
 
+class Batch(Protocol):
+    """Files that become visible together or not at all, also where the power fails in between. One call at a time."""
+
+    async def create(
+        self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
+    ) -> PartialFile:
+        """Begin a file of the batch, under a name of its own.
+
+        As :meth:`Store.create`, except for the commit of what it returns: that makes the file whole and durable,
+        and gives it no name yet. It returns True, which tells nothing.
+        """
+
+    async def commit(self) -> list[bool]:
+        """Give the names to all files that were committed, and end the batch.
+
+        The checks of :meth:`create` are asked for all of them before the first name changes hands.
+
+        :returns: for each file, in the order of their commits, whether its name is new.
+        :raises Refused: as :meth:`PartialFile.commit`; everything is then as it was before.
+        """
+
+    async def discard(self) -> None:
+        """Forget all files; nothing of them is left. Harmless after :meth:`commit` and when repeated."""
+
+
 class Store(Protocol):
     """Where finished uploads live. All names are checked (:data:`Name`).
 
@@ -205,6 +230,9 @@ class Store(Protocol):
         :param digests: what the whole file has to hash to, by ``hashlib`` name; they are kept with it.
         :raises Refused: if it could not become visible there, or there is no space for it.
         """
+
+    def batch(self) -> Batch:
+        """Begin a batch of files. It costs nothing before its first file."""
 
     async def open_file(self, name: Name) -> int:
         """Open a finished file for reading.

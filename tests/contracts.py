@@ -19,10 +19,13 @@ from twisted.internet.defer import Deferred, gatherResults
 
 from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
-from lwstwisted.interfaces import Name, PartialFile, Store
+from lwstwisted.interfaces import Batch, Check, Found, Name, PartialFile, Store, anything
 
 EDGE = 1 << 16
 """A size that blocks of file systems, pipes and buffers divide: one less and one more are the edges."""
+
+
+NOTHING = memoryview(b"")
 
 
 async def refusal_of(work: Awaitable[object]) -> Refusal:
@@ -66,6 +69,20 @@ def every_call(store: Store, name: Name) -> Iterator[Awaitable[object]]:
     yield store.open_file(name)
     yield store.list_folder(name)
     yield store.delete(name)
+    yield store.batch().create(name, 1)
+
+
+async def put_into(batch: Batch, name: Name, data: bytes, check: Check = anything) -> PartialFile:
+    """Make ``data`` a file of a batch."""
+    partial = await batch.create(name, None, check)
+    await partial.append(memoryview(data))
+    await partial.commit(NOTHING)
+    return partial
+
+
+def refuse_all(found: Found | None) -> None:
+    """A check that nothing passes."""
+    raise Refused(errors.PRECONDITION_FAILED)
 
 
 def sample(size: int) -> bytes:
@@ -359,7 +376,168 @@ class StoreContract:
         assert await refusal_of(store.open_file(("folder", "file"))) is errors.NOT_FOUND
         assert await refusal_of(store.delete(("folder", "file"))) is errors.NOT_FOUND
 
+    # Batches.
+
+    async def test_batch_appears_together(self) -> None:
+        """Nothing is visible before, everything afterwards, and each file says whether it's new."""
+        store = self.make_store()
+        await put(store, ("old",), b"old")
+        batch = store.batch()
+        bodies = {("new", "a"): sample(EDGE + 1), ("old",): b"replaced", ("new", "deep", "b"): b"", ("c",): b"c"}
+        parts = [await put_into(batch, name, data) for name, data in bodies.items()]
+        assert await names_in(store) == ["old"]
+        assert await get(store, ("old",)) == b"old"
+        assert await batch.commit() == [True, False, True, True]
+        assert {name: await get(store, name) for name in bodies} == bodies
+        for name, part in zip(bodies, parts, strict=True):
+            descriptor = await store.open_file(name)
+            assert store.describe(descriptor).etag == part.etag
+            os.close(descriptor)
+
+    async def test_batch_discarded(self) -> None:
+        """A batch that was cut leaves neither files nor folders, and may be discarded again."""
+        store = self.make_store()
+        await put(store, ("old",), b"old")
+        batch = store.batch()
+        await put_into(batch, ("new", "a"), b"a")
+        await put_into(batch, ("old",), b"b")
+        await (await batch.create(("c",), None)).discard()
+        await batch.discard()
+        await batch.discard()
+        assert await names_in(store) == ["old"]
+        assert await get(store, ("old",)) == b"old"
+        late = await batch.create(("late",), None)
+        assert await refusal_of(late.commit(NOTHING)) is errors.STORE_FAILED
+        assert await names_in(store) == ["old"]
+
+    async def test_batch_has_what_was_committed(self) -> None:
+        """A file of the batch that was discarded is no part of it."""
+        store = self.make_store()
+        batch = store.batch()
+        await (await batch.create(("a",), None)).discard()
+        await put_into(batch, ("b",), b"b")
+        assert await batch.commit() == [True]
+        await batch.discard()
+        assert await names_in(store) == ["b"]
+
+    async def test_empty_batch(self) -> None:
+        """It gives nothing and costs nothing."""
+        store = self.make_store()
+        assert await store.batch().commit() == []
+        await store.batch().discard()
+
+    async def test_batch_is_refused_whole(self) -> None:
+        """One file that can't have its name keeps all the others from theirs; replaced files stay as they were."""
+        for at in range(3):
+            store = self.make_store()
+            await put(store, (f"{at}", "old"), b"old")
+            batch = store.batch()
+            names: list[Name] = [(f"{at}", "old"), (f"{at}", "new", "a"), (f"{at}", "b")]
+            names.insert(at, (f"{at}", "taken"))
+            for name in names:
+                await put_into(batch, name, b"new")
+            await put(store, (f"{at}", "taken", "x"), b"x")
+            assert await refusal_of(batch.commit()) is errors.IS_FOLDER
+            assert await names_in(store, (f"{at}",)) == ["old", "taken"]
+            assert await get(store, (f"{at}", "old")) == b"old"
+
+    async def test_batch_with_a_file_where_a_folder_is_meant(self) -> None:
+        """The same for what is on the way."""
+        store = self.make_store()
+        batch = store.batch()
+        for name in (("a",), ("way", "b"), ("c",)):
+            await put_into(batch, name, b"new")
+        await put(store, ("way",), b"x")
+        assert await refusal_of(batch.commit()) is errors.NOT_A_FOLDER
+        assert await names_in(store) == ["way"]
+
+    async def test_batch_asks_all_checks(self) -> None:
+        """A condition that holds no more at the end keeps the whole batch back."""
+        store = self.make_store()
+        await put(store, ("old",), b"old")
+        seen: list[int | None] = []
+
+        def once(found: Found | None) -> None:
+            seen.append(None if found is None else found.size)
+            if len(seen) > 1:
+                raise Refused(errors.PRECONDITION_FAILED)
+
+        batch = store.batch()
+        await put_into(batch, ("a",), b"a")
+        await put_into(batch, ("old",), b"b", once)
+        await put(store, ("old",), b"other")
+        assert await refusal_of(batch.commit()) is errors.PRECONDITION_FAILED
+        assert seen == [3, 5]
+        assert await names_in(store) == ["old"]
+        assert await get(store, ("old",)) == b"other"
+        assert await refusal_of(store.batch().create(("x",), None, refuse_all)) is errors.PRECONDITION_FAILED
+
+    async def test_batch_names_are_different(self) -> None:
+        """Two files of one name are a bug of the caller."""
+        batch = self.make_store().batch()
+        await put_into(batch, ("a",), b"1")
+        try:
+            await put_into(batch, ("a",), b"2")
+        except ValueError:
+            return
+        raise AssertionError("both were taken")
+
+    async def test_batches_at_once_do_not_mix(self) -> None:
+        """Of two forms with the same names all files of one remain, and each name was new once."""
+        store = self.make_store()
+        names: list[Name] = [("folder", f"{number}") for number in range(8)]
+
+        async def upload(data: bytes) -> list[bool]:
+            batch = store.batch()
+            # Each in an order of its own: who waits for whom must not close to a ring.
+            for name in sorted(names, key=lambda name: hashlib.md5(data + name[1].encode()).digest()):
+                await put_into(batch, name, data)
+            return await batch.commit()
+
+        answers = await together(*(upload(b"%d" % number) for number in range(6)))
+        assert sorted(answers) == [[False] * 8] * 5 + [[True] * 8]
+        assert len({await get(store, name) for name in names}) == 1
+
+    async def test_batch_beside_single_files(self) -> None:
+        """Files come and go under the names of a batch: it's never half there when it succeeds."""
+        store = self.make_store()
+
+        async def upload() -> None:
+            for _ in range(10):
+                batch = store.batch()
+                for number in range(3):
+                    await put_into(batch, ("new", f"{number}"), b"batch")
+                assert len(await batch.commit()) == 3
+
+        async def disturb() -> None:
+            for number in range(30):
+                await put(store, ("new", f"{number % 3}"), b"single")
+                try:
+                    await store.delete(("new", f"{number % 3}"))
+                except Refused as refused:
+                    assert refused.refusal is errors.NOT_FOUND
+
+        await together(upload(), disturb(), upload())
+
     # The end.
+
+    async def test_stop_drops_batches(self) -> None:
+        """A batch that nobody committed before the end is refused then, and leaves nothing."""
+        store = self.make_store()
+        batch = store.batch()
+        await put_into(batch, ("a",), b"a")
+        await store.stop()
+        assert await refusal_of(batch.commit()) is errors.STOPPING
+        await batch.discard()
+
+    async def test_stop_waits_for_a_batch(self) -> None:
+        """One that is being committed is not lost."""
+        store = self.make_store()
+        batch = store.batch()
+        await put_into(batch, ("a",), b"a")
+        commit = Deferred.fromCoroutine(batch.commit())
+        await store.stop()
+        assert await commit == [True]
 
     async def test_stop_waits(self) -> None:
         """A commit that is under way when the server stops is not lost."""

@@ -21,6 +21,8 @@ Decision
     ``O_NOFOLLOW``. So no symbolic link is followed, whenever it was put there, and no file system entered
     that is mounted inside.
 
+    Files that belong together get their names together: how, is told in ``batch.py``.
+
     Whatever fails makes the partial file final: it is closed at once, which frees its space, and any
     further call fails too. No fsync is tried twice.
 
@@ -63,9 +65,10 @@ from twisted.python.threadpool import ThreadPool
 from lwstwisted import errors
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name, anything
+from lwstwisted.stores.batch import BatchFolder, recover_batches
 from lwstwisted.stores.tree import ATTEMPTS, NO_SPACE, Durability, Segments, Tree, encoded, found_of, keep_digests
 
-__all__ = ["WRITER_THREADS", "Durability", "LocalPartial", "LocalStore"]
+__all__ = ["WRITER_THREADS", "Durability", "LocalBatch", "LocalPartial", "LocalStore"]
 
 T = TypeVar("T")
 
@@ -271,10 +274,7 @@ class _Draft:
 
     def _link_unchecked(self, folder: int, last: bytes) -> bool:
         try:
-            if self._name is None:
-                self._tree.link(self.descriptor, last, folder)
-            else:
-                os.link(self._name, last, src_dir_fd=self._tree.partial, dst_dir_fd=folder)
+            self._link_new(folder, last)
             return True
         except FileExistsError:
             self._tree.require_file(os.lstat(last, dir_fd=folder))
@@ -284,11 +284,35 @@ class _Draft:
         self._name = None
         return False
 
+    def _link_new(self, folder: int, last: bytes) -> None:
+        if self._name is None:
+            self._tree.link(self.descriptor, last, folder)
+        else:
+            os.link(self._name, last, src_dir_fd=self._tree.partial, dst_dir_fd=folder)
+
     def _withdraw(self, folder: int, last: bytes) -> None:
         """Take the name back, unless it is another upload's by now."""
         with suppress(OSError):
             if os.path.samestat(os.lstat(last, dir_fd=folder), os.fstat(self.descriptor)):
                 os.unlink(last, dir_fd=folder)
+
+
+class _BatchDraft(_Draft):
+    """A draft whose finished file goes to a batch, and gets its name with that."""
+
+    def __init__(
+        self, tree: Tree, path: Segments, check: Check, digests: Mapping[str, bytes], batch: BatchFolder
+    ) -> None:
+        super().__init__(tree, path, check, digests)
+        self._batch = batch
+
+    def open(self, length: int | None) -> None:
+        self._batch.open()
+        super().open(length)
+
+    def _publish(self) -> bool:
+        self._batch.keep(self._path, self._check, self._link_new)
+        return True
 
 
 class LocalPartial:
@@ -330,6 +354,54 @@ class LocalPartial:
             self._siblings.discard(self)
 
 
+class LocalBatch:
+    """A :class:`~lwstwisted.interfaces.Batch` on disk; :meth:`LocalStore.batch` makes it.
+
+    :param siblings: the batches of the store under way, which it leaves when it's finished.
+    """
+
+    def __init__(
+        self, tree: Tree, threads: _Threads, partials: set[LocalPartial], siblings: set[LocalBatch]
+    ) -> None:
+        self._tree = tree
+        self._threads = threads
+        self._partials = partials
+        self._siblings = siblings
+        self._folder = BatchFolder(tree)
+
+    async def create(
+        self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
+    ) -> LocalPartial:
+        """Begin a file. See :class:`~lwstwisted.interfaces.Batch`."""
+        draft = _BatchDraft(self._tree, encoded(name), check, digests, self._folder)
+        self._siblings.add(self)
+        return await _begin(draft, length, self._threads, self._partials)
+
+    async def commit(self) -> list[bool]:
+        """Give all files their names. See :class:`~lwstwisted.interfaces.Batch`."""
+        try:
+            return await self._threads.run(self._folder.commit)
+        finally:
+            self._forget_if_closed()
+
+    async def discard(self) -> None:
+        """Forget all files. See :class:`~lwstwisted.interfaces.Batch`."""
+        if self._folder.is_open:
+            await self._threads.finish(self._folder.close)
+        self._forget_if_closed()
+
+    def _forget_if_closed(self) -> None:
+        if not self._folder.is_open:
+            self._siblings.discard(self)
+
+
+async def _begin(draft: _Draft, length: int | None, threads: _Threads, partials: set[LocalPartial]) -> LocalPartial:
+    partial = LocalPartial(draft, threads, partials)
+    await threads.run(draft.open, length, undo=lambda _: draft.close())
+    partials.add(partial)
+    return partial
+
+
 class LocalStore:
     """A :class:`~lwstwisted.interfaces.Store` that is a folder on this machine.
 
@@ -353,8 +425,14 @@ class LocalStore:
         use_tmpfile: bool = True,
     ) -> None:
         self._tree = Tree(Path(root).absolute(), durability, use_tmpfile)
+        try:
+            recover_batches(self._tree)
+        except BaseException:
+            self._tree.close()
+            raise
         self._threads = _Threads(reactor, threads)
         self._partials: set[LocalPartial] = set()
+        self._batches: set[LocalBatch] = set()
 
     async def create(
         self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
@@ -364,11 +442,11 @@ class LocalStore:
         :raises Refused: ``IS_FOLDER``, ``NOT_A_FOLDER``, ``NOT_A_FILE`` (a symbolic link anywhere in
             the path), ``OTHER_FILE_SYSTEM``, ``DISK_FULL``, ``STORE_FAILED``, ``STOPPING``.
         """
-        draft = _Draft(self._tree, encoded(name), check, digests)
-        partial = LocalPartial(draft, self._threads, self._partials)
-        await self._threads.run(draft.open, length, undo=lambda _: draft.close())
-        self._partials.add(partial)
-        return partial
+        return await _begin(_Draft(self._tree, encoded(name), check, digests), length, self._threads, self._partials)
+
+    def batch(self) -> LocalBatch:
+        """Begin a batch. See :class:`~lwstwisted.interfaces.Store`."""
+        return LocalBatch(self._tree, self._threads, self._partials, self._batches)
 
     async def open_file(self, name: Name) -> int:
         """Open a finished file for reading. See :class:`~lwstwisted.interfaces.Store`."""
@@ -396,5 +474,7 @@ class LocalStore:
         await self._threads.idle()
         for partial in list(self._partials):
             await partial.discard()
+        for batch in list(self._batches):
+            await batch.discard()
         self._threads.stop()
         self._tree.close()

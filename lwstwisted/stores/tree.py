@@ -12,8 +12,8 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Literal
@@ -51,8 +51,13 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _UNNAMED = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
 _NAMED = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
-_PARTIAL_NAME = re.compile(rb"[0-9a-f]{32}")
+OWN_NAME = re.compile(rb"[0-9a-f]{32}")
+"""What :func:`new_own_name` gives: of the store's own folders, only such names are ever removed."""
+
 _PARTIAL_FOLDER = (STATE_FOLDER.encode(), b"partial")
+
+BATCH_FOLDER = (STATE_FOLDER.encode(), b"batches")
+"""Where batches are (``batch.py``)."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """What a file system says when it is full, or the user's share of it."""
@@ -61,7 +66,8 @@ Segments = tuple[bytes, ...]
 """A path beneath the root, as the file system has it; () is the root."""
 
 
-def _new_partial_name() -> bytes:
+def new_own_name() -> bytes:
+    """A name beneath the store's own folders that nobody else has or will have."""
     return secrets.token_hex(16).encode()
 
 
@@ -136,9 +142,10 @@ class Tree:
                 os.close(parent)
 
     def _open_state(self) -> None:
-        for depth, segment in enumerate(_PARTIAL_FOLDER):
-            with self.folder(_PARTIAL_FOLDER[:depth]) as folder:
-                self._make(folder, segment, STATE_MODE)
+        for path in (_PARTIAL_FOLDER, BATCH_FOLDER):
+            for depth, segment in enumerate(path):
+                with self.folder(path[:depth]) as folder:
+                    self._make(folder, segment, STATE_MODE)
         with self.folder(_PARTIAL_FOLDER) as folder:
             self.partial = os.dup(folder)
 
@@ -257,6 +264,14 @@ class Tree:
         """To be held while a name is looked at and then changed, so that nobody changes it in between."""
         return self._naming[hash(path) % len(self._naming)]
 
+    @contextmanager
+    def naming_all(self, paths: Iterable[Segments]) -> Iterator[None]:
+        """Hold :meth:`naming` of several names: each lock once, all in one order, so that nobody waits in a ring."""
+        with ExitStack() as held:
+            for number in sorted({hash(path) % len(self._naming) for path in paths}):
+                held.enter_context(self._naming[number])
+            yield
+
     def list_folder(self, path: Segments) -> list[Entry]:
         try:
             with self.folder(path) as folder, os.scandir(folder) as found:
@@ -310,7 +325,7 @@ class Tree:
         if self._use_tmpfile:
             return os.open(b".", _UNNAMED, PARTIAL_MODE, dir_fd=self.partial), None
         for _ in range(ATTEMPTS):
-            name = _new_partial_name()
+            name = new_own_name()
             descriptor = os.open(name, _NAMED, PARTIAL_MODE, dir_fd=self.partial)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -328,7 +343,7 @@ class Tree:
     def link_partial(self, descriptor: int) -> bytes:
         """Give an unnamed file a temporary name, owned before it can be seen."""
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        name = _new_partial_name()
+        name = new_own_name()
         self.link(descriptor, name, self.partial)
         return name
 
@@ -366,7 +381,7 @@ class Tree:
 
     def _sweep(self) -> None:
         names = [os.fsencode(name) for name in os.listdir(self.partial)]
-        swept = sum(self._sweep_one(name) for name in names if _PARTIAL_NAME.fullmatch(name))
+        swept = sum(self._sweep_one(name) for name in names if OWN_NAME.fullmatch(name))
         if swept:
             self._log.info("store: removed {swept} unfinished files of an earlier run", swept=swept)
 

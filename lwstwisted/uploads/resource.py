@@ -2,6 +2,7 @@
 
 =========  =====================================================================================
 ``PUT``    stores a file (``put.py``)
+``POST``   stores the files of a form in a folder, whose path ends with a slash (``form.py``)
 ``GET``    sends a file, with ranges, by ``twisted.web.static``; of a folder, its listing
 ``HEAD``   the same without content
 ``DELETE`` removes a file
@@ -36,6 +37,7 @@ from lwstwisted.interfaces import Found, IRequestBody, IStreamingResource, Name,
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.conditions import Conditions, NotModified, is_range_wanted
 from lwstwisted.uploads.digests import repr_digest
+from lwstwisted.uploads.form import post_form
 from lwstwisted.uploads.pages import send_listing
 from lwstwisted.uploads.put import put
 from lwstwisted.web.answers import answer_refusal, refusal_for
@@ -66,16 +68,19 @@ class UploadResource(Resource):
             b"GET": self._get,
             b"HEAD": self._get,
             b"OPTIONS": self._options,
+            b"POST": self._post,
             b"PUT": self._put,
         }
-        self._allow = b", ".join(self._methods)
 
     async def receive(self, request: Request, body: IRequestBody) -> None:
         """See :class:`~lwstwisted.interfaces.IStreamingResource`."""
         method = self._methods.get(request.method)
         if method is None:
-            raise Refused(errors.METHOD_NOT_ALLOWED, {b"Allow": self._allow})
+            raise Refused(errors.METHOD_NOT_ALLOWED, {b"Allow": self._allowed(request)})
         await method(request, body)
+
+    def _allowed(self, request: Request) -> bytes:
+        return b", ".join(method for method in self._methods if method != b"POST" or _is_folder(request))
 
     def render(self, request: Request) -> int:
         """Take a request whose body a stock ``Site`` has spooled."""
@@ -90,6 +95,11 @@ class UploadResource(Resource):
     async def _put(self, request: Request, body: IRequestBody) -> None:
         await put(request, body, self._store, parse_name(request.postpath or []), self._max_size)
 
+    async def _post(self, request: Request, body: IRequestBody) -> None:
+        if not _is_folder(request):
+            raise Refused(errors.METHOD_NOT_ALLOWED, {b"Allow": self._allowed(request)})
+        await post_form(request, body, self._store, parse_name((request.postpath or [])[:-1]), self._max_size)
+
     async def _delete(self, request: Request, body: IRequestBody) -> None:
         await self._store.delete(parse_name(request.postpath or []), Conditions(request).check)
         if request.channel is None:
@@ -99,12 +109,12 @@ class UploadResource(Resource):
 
     async def _options(self, request: Request, body: IRequestBody) -> None:
         request.setResponseCode(NO_CONTENT)
-        request.setHeader(b"Allow", self._allow)
+        request.setHeader(b"Allow", self._allowed(request))
         request.finish()
 
     async def _get(self, request: Request, body: IRequestBody) -> None:
         segments = list(request.postpath or [])
-        is_folder = not segments or segments[-1] == b""
+        is_folder = _is_folder(request)
         name = parse_name(segments[:-1] if is_folder else segments)
         request.setHeader(b"X-Content-Type-Options", b"nosniff")
         if not is_folder:
@@ -119,6 +129,11 @@ class UploadResource(Resource):
         entries = await self._store.list_folder(name)
         if request.channel is not None:  # else the client left meanwhile
             send_listing(request, request.path.rstrip(b"/").decode("ascii") + "/", entries)
+
+
+def _is_folder(request: Request) -> bool:
+    """Whether a path means a folder, be it there or not."""
+    return not request.postpath or request.postpath[-1] == b""
 
 
 def _send_file(request: Request, name: Name, fd: int, found: Found) -> None:
