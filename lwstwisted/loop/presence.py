@@ -17,8 +17,6 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.interfaces import ISystemHandle
-
 LOOK_INTERVAL = 10.0
 """Seconds between two looks. Most pauses are shorter than the first: a look is for a store that hangs."""
 PROBE_IDLE = 20
@@ -34,17 +32,16 @@ class PeerWatch:
     """Looks at the socket of one connection while it is paused.
 
     :param reactor: for its timer.
-    :param transport: what owns the socket; nothing is watched where it has none of its own.
+    :param watched: its socket; nothing is watched where it isn't one.
     :param is_paused: whether it is.
     :param gone: called once when the peer has left for good.
     """
 
     def __init__(
-        self, reactor: Any, transport: Any, is_paused: Callable[[], bool], gone: Callable[[], object]
+        self, reactor: Any, watched: object, is_paused: Callable[[], bool], gone: Callable[[], object]
     ) -> None:
         self._reactor = reactor
-        handle = transport.getHandle() if ISystemHandle.providedBy(transport) else None
-        self._socket = handle if isinstance(handle, socket.socket) else None
+        self._socket = watched if isinstance(watched, socket.socket) else None
         self._is_paused = is_paused
         self._gone = gone
         self._next_look: Any = None
