@@ -57,10 +57,27 @@ class WatchTests(SynchronousTestCase):
 
     def test_not_between_the_looks(self) -> None:
         """A short pause costs no look."""
-        self.watch.start()
-        reset(self.far)
-        self.clock.advance(LOOK_INTERVAL - 1)
-        self.assertEqual(self.gone, 0)
+        for at in (0, 1.3, 4.9):
+            self.clock.rightNow = 1000 + at
+            self.watch.start()
+            before = self.probing()
+            self.clock.advance(LOOK_INTERVAL / 2 - 0.1)
+            self.assertEqual(self.probing(), before)
+            self.assertEqual(len(self.clock.getDelayedCalls()), 1)
+            self.watch.stop()
+            self.watch = self.watch_of(self.near)
+
+    def test_together(self) -> None:
+        """However many connections are paused, and whenever that was, all are looked at in one turn."""
+        pairs = [socket.socketpair() for _ in range(20)]
+        for near, far in pairs:
+            self.addCleanup(near.close)
+            self.addCleanup(far.close)
+            self.watch_of(near).start()
+            self.clock.advance(0.2)
+        self.assertEqual({call.getTime() for call in self.clock.getDelayedCalls()}, {LOOK_INTERVAL})
+        self.clock.pump([LOOK_INTERVAL] * 10)
+        self.assertEqual(len({call.getTime() for call in self.clock.getDelayedCalls()}), 1)
 
     def test_every_look(self) -> None:
         """A pause may be long: the peer may leave at any time of it."""

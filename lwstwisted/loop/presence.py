@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 LOOK_INTERVAL = 10.0
-"""Seconds between two looks. Most pauses are shorter than the first: a look is for a store that hangs."""
+"""Seconds between two looks; the first comes after half of that at the earliest. Most pauses are shorter: a look is
+for a store that hangs."""
 PROBE_IDLE = 20
 """Seconds of silence until the kernel's first probe, counted from the first look at the earliest."""
 PROBE_INTERVAL = 10
@@ -50,7 +51,10 @@ class PeerWatch:
     def start(self) -> None:
         """A pause begins. Nothing has to be said of its end: a timer that is under way costs no further one."""
         if self._next_look is None and self._socket is not None:
-            self._next_look = self._reactor.callLater(LOOK_INTERVAL, self._look, self._socket)
+            # At full steps of the clock, so that the looks at a thousand connections are one turn of the loop.
+            step = LOOK_INTERVAL / 2
+            delay = LOOK_INTERVAL - self._reactor.seconds() % step
+            self._next_look = self._reactor.callLater(delay, self._look, self._socket)
 
     def stop(self) -> None:
         """The connection is over."""

@@ -46,13 +46,18 @@ from lwstwisted.loop.pending import pending_reads
 from lwstwisted.loop.presence import PeerWatch
 
 READ_BUDGET = 256 * 1024
-"""Plaintext bytes of one connection in one turn. Above this no CPU is gained; below, latency beside
-busy uploads falls: an echo next to four of them waited 11 ms with 1 MiB, 2-3 ms with this, 0.7 ms with 64 KiB.
-Behind startTLS an application pauses the socket and not us: then it must not be less than one read of a stock
-transport brings (64 KiB), so that nothing stays behind."""
+"""Plaintext bytes of one connection in one turn: what other connections wait for."""
 
-CIPHERTEXT_READ = 256 * 1024
-"""Ciphertext bytes of one read of the socket: one system call for sixteen records."""
+CIPHERTEXT_READ = READ_BUDGET - 16 * 1024
+"""Ciphertext bytes of one read of the socket: one system call for fifteen records. With the rest of a record that was
+cut by the read before, they decrypt to less than the budget. If they filled it, each read would cost a second turn,
+only to find out that nothing is left."""
+
+DELIVERY = 96 * 1024
+"""Plaintext bytes of one ``dataReceived``, at most. glibc maps a block of 128 KiB or more anew each time (mallopt(3),
+M_MMAP_THRESHOLD), and each of its pages is then faulted in. Behind startTLS an application pauses the socket and not
+us: what one read of a stock transport brings (64 KiB, and the rest of a record) is delivered at once, so that nothing
+is left that would come after the pause."""
 
 SEND_READ = 64 * 1024
 """Ciphertext bytes taken out of the sending BIO at once: four records and their frames."""
@@ -77,19 +82,26 @@ def has_transport_names(base: type) -> bool:
     return all(hasattr(base, name) for name in _TRANSPORT_NAMES)
 
 
-def find_ssl_read(module: Any) -> tuple[Any, Any] | None:
+Binding = tuple[Any, Any, Any, int]
+
+
+def find_ssl_read(module: Any) -> Binding | None:
     """Look for the binding beneath pyOpenSSL.
 
     :param module: ``OpenSSL.SSL``.
-    :returns: OpenSSL's ``SSL_read`` and cffi's ``from_buffer``, or None.
+    :returns: cffi's ``from_buffer``, OpenSSL's ``SSL_read``, ``SSL_get_error`` and ``SSL_ERROR_WANT_READ``; or None.
     """
     try:
-        return module._lib.SSL_read, module._ffi.from_buffer
+        library = module._lib
+        return module._ffi.from_buffer, library.SSL_read, library.SSL_get_error, library.SSL_ERROR_WANT_READ
     except AttributeError:
         return None
 
 
 _binding = find_ssl_read(SSL)
+
+_WANT_READ = SSL.WantReadError()
+# One for all connections: it is looked at and never raised.
 
 # -------------------------------------------------------------------------------------------------
 
@@ -104,13 +116,13 @@ class PlaintextBuffer:
     :param binding: what :func:`find_ssl_read` found.
     """
 
-    def __init__(self, size: int, binding: tuple[Any, Any] | None) -> None:
+    def __init__(self, size: int, binding: Binding | None) -> None:
         memory = bytearray(size)
         self.view = memoryview(memory)
         self.fill: Callable[[SSL.Connection, int], tuple[int, SSL.Error | None]] = self._fill_by_recv
         if binding is not None:
-            self._ssl_read = binding[0]
-            self._memory = binding[1](memory)
+            from_buffer, self._ssl_read, self._get_error, self._want_read = binding
+            self._memory = from_buffer(memory)
             self.fill = self._fill_by_binding
 
     def _fill_by_binding(self, connection: SSL.Connection, limit: int) -> tuple[int, SSL.Error | None]:
@@ -128,7 +140,10 @@ class PlaintextBuffer:
         while count < limit:
             got = read(ssl, self._memory + count, limit - count)
             if got <= 0:
-                # The public call meets the same condition, and knows its name.
+                # The usual end costs no exception. For any other the public call meets the same condition, and
+                # knows its name. (Errors that somebody left in OpenSSL's queue give another answer, too.)
+                if self._get_error(ssl, got) == self._want_read:
+                    return count, _WANT_READ
                 return self._fill_by_recv(connection, limit, count)
             count += got
         return count, None
@@ -152,7 +167,7 @@ class PlaintextBuffers:
     :param binding: what :func:`find_ssl_read` found.
     """
 
-    def __init__(self, binding: tuple[Any, Any] | None) -> None:
+    def __init__(self, binding: Binding | None) -> None:
         self._binding = binding
         self._spare: list[PlaintextBuffer] = []
 
@@ -302,19 +317,22 @@ class TLSTransport(BufferingTLSTransport):
 
     def _take_out(self, buffer: PlaintextBuffer) -> bool:
         """Deliver plaintext. Returns whether some may be left."""
-        limit = min(self._budget, len(buffer.view))
+        left = self._budget
+        at_once = len(buffer.view) if self._takes_views else DELIVERY
         while not (self._lostTLSConnection or self._aborted or self._broken):
             if self._holds_back():
                 return True
-            count, stopped = buffer.fill(self._connection(), limit)
+            count, stopped = buffer.fill(self._connection(), min(left, at_once))
             if count:
                 self._deliver(buffer.view[:count])
             if self._lostTLSConnection or self._aborted or isinstance(stopped, SSL.WantReadError):
                 return False
             if stopped is None:
-                if self._ending:
-                    continue
-                return True
+                if not self._ending:
+                    left -= count
+                    if not left:
+                        return True
+                continue
             if self._holds_back():
                 # The end of the stream waits behind the pause; the next read meets it again.
                 return True
@@ -420,7 +438,7 @@ class TLSFactory(TLSMemoryBIOFactory):
         reactor: Any,
         budget: int = READ_BUDGET,
         base: type[TLSMemoryBIOProtocol] = BufferingTLSTransport,
-        binding: tuple[Any, Any] | None = _binding,
+        binding: Binding | None = _binding,
     ) -> None:
         super().__init__(context_factory, is_client, wrapped, clock=reactor)
         self.protocol = TLSTransport if has_transport_names(base) else base
