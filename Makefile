@@ -39,7 +39,7 @@ suites: $(INSTALLED_TEST)  ## Twisted's own suites on its reactors and on ours (
 
 lint: $(INSTALLED_TEST)  ## linter and type checks
 	$(BIN)/ruff check .
-	$(BIN)/mypy lwstwisted twisted/plugins/lwstwisted_plugin.py
+	$(BIN)/mypy lwstwisted twisted/plugins/lwstwisted_plugin.py examples
 
 clean:  ## remove all that was made, but no uploads
 	rm -rf $(VENV) build dist *.egg-info _trial_temp* .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -7,6 +7,7 @@ its next turn: one for a whole batch of readers, however many become pending in 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import selectors
 import time
@@ -82,6 +83,11 @@ class LwsAsyncioReactor(PendingReadsReactor, AsyncioSelectorReactor):
         loop = new_event_loop()
         asyncio.set_event_loop(loop)
         return cls._installed(cls(loop))
+
+    def timeout(self) -> float | None:
+        """Seconds until the next timer, in whole milliseconds: uvloop counts in them, and spins through the rest."""
+        left: float | None = super().timeout()
+        return left and math.ceil(left * 1000) / 1000
 
     def statistics(self) -> LoopStatistics:
         """See ``PendingReadsReactor``; turns are counted on a :class:`CountingEventLoop`."""

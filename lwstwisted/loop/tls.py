@@ -29,6 +29,7 @@ plaintext were not there, is the hang that this project is about.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from OpenSSL import SSL
@@ -82,23 +83,44 @@ def has_transport_names(base: type) -> bool:
     return all(hasattr(base, name) for name in _TRANSPORT_NAMES)
 
 
-Binding = tuple[Any, Any, Any, int]
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Calls beneath pyOpenSSL: its own make an exception of what is usual, and a new block of memory for each call.
+
+    :ivar from_buffer: cffi's.
+    :ivar ssl_read: OpenSSL's ``SSL_read``.
+    :ivar get_error: ``SSL_get_error``.
+    :ivar want_read: ``SSL_ERROR_WANT_READ``.
+    :ivar bio_read: ``BIO_read``.
+    """
+
+    from_buffer: Any
+    ssl_read: Any
+    get_error: Any
+    want_read: int
+    bio_read: Any
 
 
-def find_ssl_read(module: Any) -> Binding | None:
+def find_binding(module: Any) -> Binding | None:
     """Look for the binding beneath pyOpenSSL.
 
     :param module: ``OpenSSL.SSL``.
-    :returns: cffi's ``from_buffer``, OpenSSL's ``SSL_read``, ``SSL_get_error`` and ``SSL_ERROR_WANT_READ``; or None.
+    :returns: None where one of the names is missing.
     """
     try:
         library = module._lib
-        return module._ffi.from_buffer, library.SSL_read, library.SSL_get_error, library.SSL_ERROR_WANT_READ
+        return Binding(
+            module._ffi.from_buffer,
+            library.SSL_read,
+            library.SSL_get_error,
+            library.SSL_ERROR_WANT_READ,
+            library.BIO_read,
+        )
     except AttributeError:
         return None
 
 
-_binding = find_ssl_read(SSL)
+_binding = find_binding(SSL)
 
 _WANT_READ = SSL.WantReadError()
 # One for all connections: it is looked at and never raised.
@@ -113,7 +135,7 @@ class PlaintextBuffer:
     costs a page fault for every 4 KiB of it.
 
     :param size: bytes.
-    :param binding: what :func:`find_ssl_read` found.
+    :param binding: what :func:`find_binding` found.
     """
 
     def __init__(self, size: int, binding: Binding | None) -> None:
@@ -121,8 +143,8 @@ class PlaintextBuffer:
         self.view = memoryview(memory)
         self.fill: Callable[[SSL.Connection, int], tuple[int, SSL.Error | None]] = self._fill_by_recv
         if binding is not None:
-            from_buffer, self._ssl_read, self._get_error, self._want_read = binding
-            self._memory = from_buffer(memory)
+            self._ssl_read, self._get_error, self._want_read = binding.ssl_read, binding.get_error, binding.want_read
+            self._memory = binding.from_buffer(memory)
             self.fill = self._fill_by_binding
 
     def _fill_by_binding(self, connection: SSL.Connection, limit: int) -> tuple[int, SSL.Error | None]:
@@ -161,26 +183,39 @@ class PlaintextBuffer:
         return count, None
 
 
-class PlaintextBuffers:
-    """Buffers that connections take turns with.
+class Buffers:
+    """Memory that all connections take turns with.
 
-    :param binding: what :func:`find_ssl_read` found.
+    :param binding: what :func:`find_binding` found.
     """
 
     def __init__(self, binding: Binding | None) -> None:
         self._binding = binding
         self._spare: list[PlaintextBuffer] = []
+        self._output = memoryview(bytearray(SEND_READ))
+        self._output_memory = None if binding is None else binding.from_buffer(self._output)
 
     def borrow(self) -> PlaintextBuffer:
-        """Take one: the spare one, or a new one where a delivery leads to another delivery."""
+        """Take one for plaintext: the spare one, or a new one where a delivery leads to another delivery."""
         return self._spare.pop() if self._spare else PlaintextBuffer(READ_BUDGET, self._binding)
 
     def give_back(self, buffer: PlaintextBuffer) -> None:
         """Leave it to the next connection."""
         self._spare.append(buffer)
 
+    def output(self, connection: SSL.Connection) -> bytes:
+        """Ciphertext that is to be sent, at most :data:`SEND_READ` bytes; none where there is none left."""
+        bio = getattr(connection, "_from_ssl", None)
+        if self._binding is not None and bio is not None:
+            count = self._binding.bio_read(bio, self._output_memory, SEND_READ)
+            return bytes(self._output[:count]) if count > 0 else b""
+        try:
+            return connection.bio_read(SEND_READ)
+        except SSL.WantReadError:
+            return b""
 
-_buffers = PlaintextBuffers(_binding)
+
+_buffers = Buffers(_binding)
 
 
 def _reactor_below(transport: Any) -> Any:
@@ -391,15 +426,9 @@ class TLSTransport(BufferingTLSTransport):
             return  # the transport below ended inside a call that is only now on its way back
         # All of it: stock takes 32 KiB at most, and what is left waits for the next event.
         connection = self._connection()
-        sent = SEND_READ
-        while sent == SEND_READ:
-            try:
-                data = connection.bio_read(SEND_READ)
-            except SSL.WantReadError:
-                return
+        while data := self._buffers.output(connection):
             assert self.transport is not None
             self.transport.write(data)
-            sent = len(data)
 
     def _settle(self) -> None:
         """Let the transport below read, or not."""
@@ -427,7 +456,7 @@ class TLSFactory(TLSMemoryBIOFactory):
     :param reactor: for the writes that are gathered.
     :param budget: plaintext bytes of one connection in one turn, at most :data:`READ_BUDGET`.
     :param base: the stock transport; a test's way to one without the names that we need.
-    :param binding: what :func:`find_ssl_read` found; None for the public calls only.
+    :param binding: what :func:`find_binding` found; None for the public calls only.
     """
 
     def __init__(
@@ -443,7 +472,7 @@ class TLSFactory(TLSMemoryBIOFactory):
         super().__init__(context_factory, is_client, wrapped, clock=reactor)
         self.protocol = TLSTransport if has_transport_names(base) else base
         self.budget = budget
-        self.buffers = _buffers if binding is _binding else PlaintextBuffers(binding)
+        self.buffers = _buffers if binding is _binding else Buffers(binding)
 
 
 def make_default() -> None:
