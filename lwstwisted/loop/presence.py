@@ -70,13 +70,18 @@ class PeerWatch:
         if not self._is_probing:
             self._is_probing = True
             probe(watched)
-        poller = select.poll()
-        poller.register(watched, 0)  # POLLHUP and POLLERR need not be asked for
-        if poller.poll(0):
+        if has_failed(watched.fileno()):
             self.stop()
             self._gone()
         else:
             self.start()
+
+
+def has_failed(fd: int) -> bool:
+    """Whether a descriptor has an error or has hung up, without reading from it."""
+    poller = select.poll()
+    poller.register(fd, 0)  # POLLHUP and POLLERR need not be asked for
+    return bool(poller.poll(0))
 
 
 def probe(watched: socket.socket) -> None:
