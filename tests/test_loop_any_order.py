@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -243,6 +243,7 @@ for _place, (_real, _virtual) in PAIRS.items():
             database=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate],  # to shrink a run that hangs takes ten seconds for each attempt
         )
         _case.__name__ = _case.__qualname__ = f"{_name}Tests"
         _case.__module__ = __name__
