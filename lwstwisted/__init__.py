@@ -18,10 +18,15 @@ The map. Each number is a floor, and imports go downwards only
     reactor.py     3  the reactors that poll: they merge pending readers into each turn
     foreign.py     4  the reactor on a loop that drives itself: asyncio, uvloop
   web/                bytes become a request whose body a resource can watch arriving
+    limits.py      0  what one client may take: bytes, time, connections
+    tally.py       0  refusals outside of requests, in one log line a second
     wire.py        1  where requests and bodies begin and end; no I/O
     body.py        2  the body of a request while it arrives
-    deadline.py    1  one timer for one connection
+    deadline.py    1  one timer for one connection, and the least rate of a body
     answers.py     1  what a refused client is told, and whether it reads it
+    outgoing.py    2  answers on their way to a client that may be slow
+    request.py     1  twisted.web's request, and interim responses
+    accesslog.py   2  one line for each request, for people or for programs
     channel.py     3  the protocol: between transport, framing and requests
     site.py        4  the Site that an application uses
   stores/             from bytes to files
@@ -29,6 +34,9 @@ The map. Each number is a floor, and imports go downwards only
     tree.py        2  folders and names on the disk, safely resolved
     local.py       3  the disk: own threads, atomic and durable commit
   uploads/            from requests to stored files
+    conditions.py  1  what a client believes of a file: If-Match and its like
+    digests.py     1  what a client says its bytes hash to
+    pages.py       1  folders with their upload form, as HTML or JSON
     transfer.py    2  the bytes of one upload on their way to the store
     put.py         3  PUT
     resource.py    5  which method goes where; downloads and listings

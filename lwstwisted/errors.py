@@ -84,6 +84,11 @@ UNKNOWN_EXPECTATION = Refusal(
 HEAD_TIMEOUT = Refusal("head_timeout", 408, "The request head did not arrive in time.")
 BODY_SHORT = Refusal("body_short", 400, "The request body ended before its announced length.")
 BODY_TIMEOUT = Refusal("body_timeout", 408, "The request body stopped arriving.")
+BODY_TOO_SLOW = Refusal("body_too_slow", 408, "The request body arrives too slowly.")
+TOO_MANY_CONNECTIONS = Refusal(
+    "too_many_connections", 503, "The server has too many connections, or too many of yours; try again in a moment."
+)
+HANDSHAKE_TIMEOUT = Refusal("handshake_timeout", 408, "TLS was not agreed on in time.")
 
 BAD_FORM = Refusal("bad_form", 400, "The form in the request body is malformed.")
 
@@ -98,6 +103,17 @@ CONTENT_ENCODING = Refusal(
 )
 CONTENT_RANGE = Refusal(
     "content_range", 400, "A PUT replaces the whole file; do not send Content-Range with it (RFC 9110 section 14.5)."
+)
+
+PRECONDITION_FAILED = Refusal(
+    "precondition_failed", 412, "The file is not what the conditions of the request say; look at it again."
+)
+BAD_CONDITION = Refusal("bad_condition", 400, "If-Match and If-None-Match are '*' or a list of quoted entity-tags.")
+BAD_DIGEST = Refusal(
+    "bad_digest", 400, "A digest field is malformed; write 'Repr-Digest: sha-256=:BASE64:' (RFC 9530)."
+)
+DIGEST_MISMATCH = Refusal(
+    "digest_mismatch", 400, "The body is not what its digest field says; it was damaged on its way, so send it again."
 )
 
 # Names.

@@ -7,7 +7,9 @@ are the seams inside the project that one composition root ties together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 from twisted.internet.interfaces import IPushProducer
@@ -134,12 +136,43 @@ class Entry:
     modified: float
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A finished file as it is at one moment.
+
+    :ivar etag: strong entity-tag with its quotes (RFC 9110 section 8.8.3); another one after each replacement.
+    :ivar size: bytes.
+    :ivar modified: seconds since the epoch.
+    :ivar digests: what its bytes are known to hash to, by ``hashlib`` name; may be empty.
+    """
+
+    etag: str
+    size: int
+    modified: float
+    digests: Mapping[str, bytes] = field(default_factory=dict)
+
+
+Check = Callable[[Found | None], None]
+"""Looks at what has a name at the moment, None for nothing, and raises if that is not what it should be. It is
+called in threads, perhaps more than once."""
+
 Name = tuple[str, ...]
 """A checked path beneath a store's root: its segments (see ``stores/names.py``); () is the root."""
 
 
+NO_DIGESTS: Mapping[str, bytes] = MappingProxyType({})
+
+
+def anything(found: Found | None) -> None:
+    """The check that lets everything pass."""
+
+
 class PartialFile(Protocol):
     """A file that is being written, under no name yet. One call at a time."""
+
+    @property
+    def etag(self) -> str:
+        """Its entity-tag, once it is committed; "" before."""
 
     async def append(self, data: memoryview) -> None:
         """Write ``data`` behind what was written; the memory may be reused afterwards.
@@ -152,9 +185,9 @@ class PartialFile(Protocol):
         """Append ``data``, make the file durable and give it its name, which becomes visible whole.
 
         :returns: True if the name is new, False if it replaced another file.
-        :raises Refused: as :meth:`append`, or because the name turned into something that
-            cannot be replaced. A new name is not visible then; a replaced file may be, whole, if
-            all that failed was making the replacement durable.
+        :raises Refused: as :meth:`append`; ``DIGEST_MISMATCH``; what the check of :meth:`Store.create` raises;
+            or because the name turned into something that cannot be replaced. A new name is not visible then;
+            a replaced file may be, whole, if all that failed was making the replacement durable.
         """
 
     async def discard(self) -> None:
@@ -168,11 +201,15 @@ class Store(Protocol):
     what lies on the way to the name: ``NOT_A_FILE`` (a link), ``NAME_TOO_LONG``, ``OTHER_FILE_SYSTEM``.
     """
 
-    async def create(self, name: Name, length: int | None) -> PartialFile:
+    async def create(
+        self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
+    ) -> PartialFile:
         """Begin a file.
 
         :param name: where it will be; folders are made when it is committed, not before.
         :param length: announced bytes, or None.
+        :param check: asked now, and again in the moment in which the name changes hands.
+        :param digests: what the whole file has to hash to, by ``hashlib`` name; they are kept with it.
         :raises Refused: if it could not become visible there, or there is no space for it.
         """
 
@@ -189,9 +226,13 @@ class Store(Protocol):
         :raises Refused: ``NOT_FOUND``, ``NOT_A_FOLDER``.
         """
 
-    async def delete(self, name: Name) -> None:
+    def describe(self, fd: int) -> Found:
+        """What :meth:`open_file` opened. It does not block."""
+
+    async def delete(self, name: Name, check: Check = anything) -> None:
         """Remove a finished file, durably.
 
+        :param check: asked in the moment before.
         :raises Refused: ``NOT_FOUND``, ``IS_FOLDER``, ``NOT_A_FILE``.
         """
 

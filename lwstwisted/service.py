@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,16 @@ from lwstwisted.certificate import ensure_development_certificate
 from lwstwisted.stores.local import LocalStore
 from lwstwisted.stores.names import STATE_FOLDER
 from lwstwisted.uploads.resource import UploadResource
+from lwstwisted.web.accesslog import combined_log, json_log
+from lwstwisted.web.limits import MAX_LENGTH, Limits
 from lwstwisted.web.site import StreamingSite
-from lwstwisted.web.wire import MAX_LENGTH
 
 DEFAULT_PORT = 8443
 DEFAULT_ROOT = "uploads"
 FILES_PATH = b"files"
 """Where the files are: ``/files/…``."""
+
+LOG_FORMATS = {"combined": combined_log, "json": json_log}
 
 _SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.IGNORECASE)
 _PROXIED = "haproxy:"
@@ -44,11 +49,14 @@ class Options(UsageOptions):
         ["durability", "d", "full", "What is synced before an answer: full (file and folder), data (file), none."],
         ["max-size", "m", None, "Bytes of the largest upload; 10G is understood. [default: no limit]"],
         ["port", "p", DEFAULT_PORT, "Port of the default listener; not together with --listen.", int],
+        ["access-log", "a", None, "File that each request is written to. [default: the log of the service]"],
+        ["access-log-format", None, "combined", "combined, as other web servers have it, or json: an object a line."],
     ]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self["listen"] = []
+        self["limits"] = {}
 
     def opt_listen(self, description: str) -> None:
         """Twisted endpoint to listen on, such as 'tcp:8080' or 'ssl:8443:privateKey=k.pem:certKey=c.pem';
@@ -57,6 +65,12 @@ class Options(UsageOptions):
         self["listen"].append(on_loopback(description))
 
     opt_l = opt_listen
+
+    def opt_limit(self, setting: str) -> None:
+        """A limit of what one client may take, as NAME=NUMBER; may be repeated. Their names, meanings and defaults
+        are those of lwstwisted.web.limits.Limits, such as connections-per-address=100 or body-rate=0."""
+        name, _, value = setting.partition("=")
+        self["limits"][name.replace("-", "_")] = value
 
     def postOptions(self) -> None:
         """Check what can be checked before anything is built.
@@ -70,6 +84,9 @@ class Options(UsageOptions):
             raise UsageError("--port is for the default listener; with --listen, name the port there")
         if not 1 <= self["port"] <= 65535:
             raise UsageError("--port is a number from 1 to 65535")
+        self["limits"] = parse_limits(self["limits"])
+        if self["access-log-format"] not in LOG_FORMATS:
+            raise UsageError(f"--access-log-format is {' or '.join(LOG_FORMATS)}")
         if not self["root"]:
             raise UsageError("--root is the name of a folder; '.' is the current one")
 
@@ -86,6 +103,27 @@ def parse_size(text: str) -> int:
     if len(digits) > len(str(MAX_LENGTH)):
         return MAX_LENGTH
     return min(int(digits) << 10 * " KMGT".index(power.upper() or " "), MAX_LENGTH)
+
+
+def parse_limits(settings: Mapping[str, str]) -> Limits:
+    """Read limits.
+
+    :param settings: names and numbers.
+    :raises UsageError: for a name that isn't known, or a number that is none or can't be meant.
+    """
+    kinds = {field.name: int if field.type == "int" else float for field in fields(Limits)}
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in kinds:
+            raise UsageError(f"--limit is NAME=NUMBER; the names are {', '.join(kinds)}".replace("_", "-"))
+        try:
+            found[name] = kinds[name](value)
+        except ValueError:
+            raise UsageError(f"--limit {name.replace('_', '-')}={value}: {value!r} is not a number") from None
+    try:
+        return Limits(**found)
+    except ValueError as error:
+        raise UsageError(f"--limit: {str(error).replace('_', '-')}") from None
 
 
 def on_loopback(description: str) -> str:
@@ -140,7 +178,13 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
     root = Resource()
     root.putChild(b"", Redirect(b"/" + FILES_PATH + b"/"))
     root.putChild(FILES_PATH, UploadResource(store, options["max-size"]))
-    site = StreamingSite(root, reactor)
+    site = StreamingSite(
+        root,
+        reactor,
+        options["limits"],
+        logPath=options["access-log"],
+        logFormatter=LOG_FORMATS[options["access-log-format"]],
+    )
     endpoints = options["listen"]
     hints: list[str] = []
     if not endpoints:

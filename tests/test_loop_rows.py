@@ -22,7 +22,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from lwstwisted.flow import Valve
-from lwstwisted.web.channel import BODY_TIME
+from lwstwisted.web.limits import DEFAULT_LIMITS
 from lwstwisted.web.site import StreamingSite
 from tests.gate import Gate, Upload
 from tests.tls_peer import (
@@ -420,7 +420,7 @@ class Rows:
                 if paused:
                     upload.pause()
                 for _ in range(20):
-                    clock.advance(BODY_TIME / 10)
+                    clock.advance(DEFAULT_LIMITS.body_time / 10)
                     talk.loop.turn()
                 if paused:
                     talk.peer.send(talk.peer.seal(body[N:]))

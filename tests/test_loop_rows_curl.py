@@ -26,7 +26,7 @@ from twisted.web.resource import Resource
 
 from lwstwisted.stores.local import LocalStore
 from lwstwisted.uploads.resource import UploadResource
-from lwstwisted.web.channel import BODY_TIME
+from lwstwisted.web.limits import DEFAULT_LIMITS
 from lwstwisted.web.site import StreamingSite
 from tests.gate import Gate, Upload
 from tests.tls_peer import (
@@ -192,7 +192,7 @@ class CurlRows:
             gate.on_data = Upload.pause
             upload, data, process = self.upload(gate, 3 * MIB)
             for _ in range(20):
-                clock.advance(BODY_TIME / 10)
+                clock.advance(DEFAULT_LIMITS.body_time / 10)
                 self.loop.turn()
             gate.on_data = lambda upload: None
             upload.resume()

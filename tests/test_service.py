@@ -24,7 +24,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from lwstwisted import service
 from lwstwisted.service import Options, curl_hints, default_endpoint, makeService, on_loopback, parse_size
-from lwstwisted.web.wire import MAX_LENGTH
+from lwstwisted.web.limits import MAX_LENGTH, Limits
 from tests.servers import PATIENCE, free_port
 from tests.test_uploads_transfer import GatedStore
 
@@ -112,11 +112,22 @@ class OptionsTests(SynchronousTestCase):
         """There is a default for everything."""
         self.assertEqual(
             dict(parsed()),
-            {"root": "uploads", "durability": "full", "max-size": MAX_LENGTH, "port": 8443, "listen": []},
+            {
+                "root": "uploads",
+                "durability": "full",
+                "max-size": MAX_LENGTH,
+                "port": 8443,
+                "listen": [],
+                "limits": Limits(),
+                "access-log": None,
+                "access-log-format": "combined",
+            },
         )
 
     def test_all_options(self) -> None:
-        options = parsed("-r", "/r", "-d", "none", "-m", "1K", "-l", "tcp:1", "--listen", "unix:/s")
+        limits = ("--limit", "body-rate=0", "--limit", "head_time=2.5", "--limit", "connections-per-address=7")
+        log = ("--access-log", "/l", "--access-log-format", "json")
+        options = parsed("-r", "/r", "-d", "none", "-m", "1K", "-l", "tcp:1", "--listen", "unix:/s", *limits, *log)
         self.assertEqual(
             dict(options),
             {
@@ -125,6 +136,9 @@ class OptionsTests(SynchronousTestCase):
                 "max-size": 1024,
                 "port": 8443,
                 "listen": ["tcp:1:interface=127.0.0.1", "unix:/s"],
+                "limits": Limits(body_rate=0, head_time=2.5, connections_per_address=7),
+                "access-log": "/l",
+                "access-log-format": "json",
             },
         )
         self.assertEqual(parsed("--port", "1234")["port"], 1234)
@@ -133,6 +147,14 @@ class OptionsTests(SynchronousTestCase):
         """Each is told in one sentence that names the option."""
         for words, part in (
             (["--durability", "ful"], "--durability"),
+            (["--limit", "bodyrate=1"], "body-rate"),
+            (["--limit", "body-rate"], "--limit body-rate"),
+            (["--limit", "body-rate=fast"], "--limit body-rate"),
+            (["--limit", "connections=0"], "connections is a number above 0"),
+            (["--limit", "connections=1.5"], "--limit connections"),
+            (["--limit", "head-time=nan"], "head-time is a number above 0"),
+            (["--limit", "head-time=inf"], "head-time is a number above 0"),
+            (["--access-log-format", "xml"], "--access-log-format"),
             (["--max-size", "much"], "--max-size"),
             (["--port", "0"], "--port"),
             (["--port", "65536"], "--port"),

@@ -511,8 +511,8 @@ class GatedStore(LocalStore):
         self.arrived = 0
         self.finished = 0
 
-    async def create(self, name: Name, length: int | None) -> Any:
-        return GatedFile(await super().create(name, length), self)
+    async def create(self, name: Name, length: int | None, *options: Any) -> Any:
+        return GatedFile(await super().create(name, length, *options), self)
 
     async def open_file(self, name: Name) -> int:
         return await self.gated(super().open_file, name)
@@ -520,8 +520,8 @@ class GatedStore(LocalStore):
     async def list_folder(self, name: Name) -> list[Entry]:
         return await self.gated(super().list_folder, name)
 
-    async def delete(self, name: Name) -> None:
-        await self.gated(super().delete, name)
+    async def delete(self, name: Name, *options: Any) -> None:
+        await self.gated(super().delete, name, *options)
 
     async def gated(self, call: Callable[..., Awaitable[T]], *args: Any) -> T:
         self.arrived += 1
@@ -546,6 +546,10 @@ class GatedFile:
     def __init__(self, part: PartialFile, store: GatedStore) -> None:
         self._part = part
         self._store = store
+
+    @property
+    def etag(self) -> str:
+        return self._part.etag
 
     async def append(self, data: memoryview) -> None:
         self._store.appended += len(data)

@@ -12,6 +12,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,10 @@ from lwstwisted import errors
 from lwstwisted.certificate import ensure_development_certificate
 from lwstwisted.errors import BodyCut, BodyStopped, Refusal, Refused
 from lwstwisted.interfaces import IBufferReceiver, IRequestBody, IStreamingResource
-from lwstwisted.web import channel as channel_module
-from lwstwisted.web.channel import (
-    ANSWER_SLICE,
-    BODY_TIME,
-    CLOSE_TIME,
-    HEAD_TIME,
-    IDLE_TIME,
-    LINGER_TIME,
-    READ_AHEAD,
-    UNREAD_TIME,
-)
+from lwstwisted.web.channel import READ_AHEAD
+from lwstwisted.web.limits import DEFAULT_LIMITS as LIMITS
+from lwstwisted.web.limits import Limits
+from lwstwisted.web.outgoing import ANSWER_SLICE
 from lwstwisted.web.site import StreamingSite
 from tests.test_web_wire import BODY_ROWS, HEAD_ROWS, NEXT, chunked, head
 
@@ -512,7 +506,7 @@ class RefusalTests(SynchronousTestCase):
         self.assertEqual(talk.statuses, [413])
         self.assertFalse(talk.is_closed)
         self.assertEqual(talk.send_while_wanted(bytes(10**6), 8192), 10**6)
-        talk.clock.advance(LINGER_TIME - 0.1)
+        talk.clock.advance(LIMITS.linger_time - 0.1)
         self.assertFalse(talk.is_closed)
         talk.clock.advance(0.2)
         self.assertTrue(talk.is_closed)
@@ -537,7 +531,7 @@ class RefusalTests(SynchronousTestCase):
             gates.pop().callback(None)
             self.assertEqual(talk.statuses, [507])
             self.assertIsInstance(taken.pop().value, BodyCut)  # type: ignore[attr-defined]
-            talk.clock.advance(LINGER_TIME + 1)
+            talk.clock.advance(LIMITS.linger_time + 1)
             self.assertTrue(talk.is_closed)
 
     def test_lingering_takes_no_request(self) -> None:
@@ -551,9 +545,9 @@ class RefusalTests(SynchronousTestCase):
         """Lingering ends by time alone, and a client that does not say goodbye is cut."""
         talk = Talk(self.refusing(0))
         talk.send(put(b"", length=10))
-        talk.clock.advance(LINGER_TIME)
+        talk.clock.advance(LIMITS.linger_time)
         self.assertTrue(talk.is_closed)
-        talk.clock.advance(CLOSE_TIME - 0.1)
+        talk.clock.advance(LIMITS.close_time - 0.1)
         self.assertFalse(talk.is_aborted)
         talk.clock.advance(0.2)
         self.assertTrue(talk.is_aborted)
@@ -573,7 +567,7 @@ class RefusalTests(SynchronousTestCase):
         sent = talk.send_while_wanted(bytes(10**6), 8192)
         self.assertLessEqual(sent, READ_AHEAD + 8192)
         self.assertEqual(talk.transport.turns, ["pause"])
-        talk.clock.advance(10 * BODY_TIME)
+        talk.clock.advance(10 * LIMITS.body_time)
         self.assertEqual(talk.raw, b"")
         decision.callback(None)
         self.assertEqual([(a.status, a.closes) for a in talk.answers], [(507, True)])
@@ -609,7 +603,7 @@ class RefusalTests(SynchronousTestCase):
                 talk.send(case.data + NEXT)
                 self.assertIn(talk.statuses, [[refusal.status] for refusal in case.wanted], case.name)
                 self.assertTrue(talk.answers[0].closes, case.name)
-                talk.clock.advance(LINGER_TIME)
+                talk.clock.advance(LIMITS.linger_time)
                 self.assertTrue(talk.is_closed, case.name)
                 talk.lose()
                 self.assertEqual(talk.clock.getDelayedCalls(), [])
@@ -1013,7 +1007,7 @@ class DeadlineTests(SynchronousTestCase):
         for data in (b"", put(b"abc")):
             talk = Talk(Taker())
             talk.send(data)
-            talk.clock.advance(IDLE_TIME - 1)
+            talk.clock.advance(LIMITS.idle_time - 1)
             self.assertFalse(talk.is_closed)
             talk.clock.advance(1)
             self.assertTrue(talk.is_closed)
@@ -1022,7 +1016,7 @@ class DeadlineTests(SynchronousTestCase):
         """Each request starts the time anew."""
         talk = Talk(Taker())
         for _ in range(5):
-            talk.clock.advance(IDLE_TIME - 1)
+            talk.clock.advance(LIMITS.idle_time - 1)
             talk.send(put(b"abc"))
         self.assertFalse(talk.is_closed)
 
@@ -1030,22 +1024,22 @@ class DeadlineTests(SynchronousTestCase):
         """A head that drips byte by byte is answered 408 at a deadline for the whole."""
         talk = Talk(Taker())
         data = get(b"/" + b"x" * 1000)
-        for at in range(int(HEAD_TIME) - 1):
+        for at in range(int(LIMITS.head_time) - 1):
             talk.send(data[at : at + 1])
             talk.clock.advance(1)
         self.assertEqual(talk.raw, b"")
         talk.send(data[100:101])
         talk.clock.advance(1)
         self.assertEqual([(a.status, a.closes) for a in talk.answers], [(408, True)])
-        talk.clock.advance(LINGER_TIME)
+        talk.clock.advance(LIMITS.linger_time)
         self.assertTrue(talk.is_closed)
 
     def test_slow_second_head(self) -> None:
         """So is the head behind another request, of which a part was sent ahead."""
         talk = Talk(Taker())
-        talk.clock.advance(HEAD_TIME - 1)
+        talk.clock.advance(LIMITS.head_time - 1)
         talk.send(put(b"abc") + b"GET ")
-        talk.clock.advance(HEAD_TIME - 1)
+        talk.clock.advance(LIMITS.head_time - 1)
         self.assertEqual(talk.statuses, [200])
         talk.clock.advance(1)
         self.assertEqual(talk.statuses, [200, 408])
@@ -1055,7 +1049,7 @@ class DeadlineTests(SynchronousTestCase):
         taker = Taker()
         talk = Talk(taker)
         talk.send(put(b"abc", length=9))
-        talk.clock.advance(BODY_TIME - 1)
+        talk.clock.advance(LIMITS.body_time - 1)
         self.assertEqual(talk.raw, b"")
         talk.clock.advance(1)
         self.assertEqual([(a.status, a.closes) for a in talk.answers], [(408, True)])
@@ -1065,30 +1059,30 @@ class DeadlineTests(SynchronousTestCase):
         """The same for a resource that knows nothing of it."""
         talk = Talk(File("/nonexistent"))
         talk.send(put(b"abc", length=9))
-        talk.clock.advance(BODY_TIME)
+        talk.clock.advance(LIMITS.body_time)
         self.assertEqual([(a.status, a.closes) for a in talk.answers], [(408, True)])
 
     def test_progress_counts(self) -> None:
         """lws-cases 36: an upload may take for ever, as long as it goes on."""
         taker = Taker()
-        talk = Talk(taker)
+        talk = Talk(taker, limits=replace(LIMITS, body_rate=0))
         talk.send(put(b"", length=10))
         for _ in range(10):
-            talk.clock.advance(BODY_TIME - 1)
+            talk.clock.advance(LIMITS.body_time - 1)
             talk.send(b"x")
         self.assertEqual((taker.results, talk.statuses), ([None], [200]))
 
     def test_our_pause_does_not_count(self) -> None:
         """lws-cases 13: while we pause, the client's clock stands still; afterwards it has its whole time."""
         sink = Sink()
-        talk = Talk(Taker(sink))
+        talk = Talk(Taker(sink), limits=replace(LIMITS, body_rate=0))
         talk.send(put(b"a", length=3))
         sink.producer.pauseProducing()  # type: ignore[union-attr]
-        talk.clock.advance(10 * BODY_TIME)
+        talk.clock.advance(10 * LIMITS.body_time)
         sink.producer.resumeProducing()  # type: ignore[union-attr]
-        talk.clock.advance(BODY_TIME - 1)
+        talk.clock.advance(LIMITS.body_time - 1)
         talk.send(b"b")
-        talk.clock.advance(BODY_TIME - 1)
+        talk.clock.advance(LIMITS.body_time - 1)
         talk.send(b"c")
         self.assertEqual(talk.statuses, [200])
 
@@ -1108,10 +1102,10 @@ class DeadlineTests(SynchronousTestCase):
         self.assertEqual(talk.statuses, [200])
 
     def test_one_timer(self) -> None:
-        """However often a deadline moves, there is one timer; a lost connection leaves none."""
+        """However often a deadline moves, there is one timer, and one for the rate; a lost connection leaves none."""
         talk = Talk(Taker())
         talk.send(put(bytes(1000)) * 3, size=1)
-        self.assertEqual(len(talk.clock.getDelayedCalls()), 1)
+        self.assertEqual(len(talk.clock.getDelayedCalls()), 2)
         talk.lose()
         self.assertEqual(talk.clock.getDelayedCalls(), [])
 
@@ -1188,7 +1182,7 @@ class UnreadTests(SynchronousTestCase):
         """A client that reads nothing for half a minute is cut."""
         talk = Talk(self.large, self.transport)
         talk.send(get())
-        talk.clock.advance(UNREAD_TIME - 1)
+        talk.clock.advance(LIMITS.unread_time - 1)
         self.assertFalse(talk.is_aborted)
         talk.clock.advance(1)
         self.assertTrue(talk.is_aborted)
@@ -1199,7 +1193,7 @@ class UnreadTests(SynchronousTestCase):
         talk = Talk(self.large, self.transport)
         talk.send(get())
         while self.transport.unread:
-            talk.clock.advance(UNREAD_TIME - 1)
+            talk.clock.advance(LIMITS.unread_time - 1)
             self.transport.drain()
         self.assertFalse(talk.is_aborted)
         self.assertEqual([(a.status, len(a.body), a.is_whole) for a in talk.answers], [(200, self.size, True)])
@@ -1210,7 +1204,7 @@ class UnreadTests(SynchronousTestCase):
         talk = Talk(self.large, self.transport)
         talk.send(get(b"/", b"Connection: close"))
         while not talk.is_closed:
-            talk.clock.advance(CLOSE_TIME + 1)
+            talk.clock.advance(LIMITS.close_time + 1)
             self.assertFalse(talk.is_aborted)
             self.transport.drain()
         self.assertEqual([(len(a.body), a.is_whole) for a in talk.answers], [(self.size, True)])
@@ -1220,7 +1214,7 @@ class UnreadTests(SynchronousTestCase):
         talk = Talk(self.large, self.transport)
         talk.send(get(b"/", b"Connection: close"))
         self.assertFalse(talk.is_closed)
-        talk.clock.advance(UNREAD_TIME)
+        talk.clock.advance(LIMITS.unread_time)
         self.assertTrue(talk.is_aborted)
 
     def test_a_long_early_answer(self) -> None:
@@ -1232,10 +1226,10 @@ class UnreadTests(SynchronousTestCase):
         talk = Talk(receive, self.transport)
         talk.send(put(b"", length=9))
         while self.transport.unread:
-            talk.clock.advance(LINGER_TIME + 1)
+            talk.clock.advance(LIMITS.linger_time + 1)
             self.assertFalse(talk.is_aborted)
             self.transport.drain()
-        talk.clock.advance(LINGER_TIME)
+        talk.clock.advance(LIMITS.linger_time)
         self.assertTrue(talk.is_closed)
         self.assertEqual([(len(a.body), a.is_whole, a.closes) for a in talk.answers], [(10 * ANSWER_SLICE, True, True)])
 
@@ -1251,7 +1245,7 @@ class UnreadTests(SynchronousTestCase):
             self.transport.drain()
         self.assertFalse(talk.is_closed)
         talk.send(b"more")
-        talk.clock.advance(LINGER_TIME)
+        talk.clock.advance(LIMITS.linger_time)
         self.assertTrue(talk.is_closed)
 
     def test_push_producer(self) -> None:
@@ -1266,7 +1260,7 @@ class UnreadTests(SynchronousTestCase):
         request.write(b"more")
         self.transport.drain()
         self.assertEqual(producer.calls, ["pause", "resume"])
-        talk.clock.advance(10 * UNREAD_TIME)
+        talk.clock.advance(10 * LIMITS.unread_time)
         self.assertFalse(talk.is_aborted)
         request.write(bytes(ANSWER_SLICE + 1))
         request.unregisterProducer()
@@ -1297,9 +1291,9 @@ class UnreadTests(SynchronousTestCase):
         producer = Push()
         self.requests[0].registerProducer(producer, True)
         self.requests[0].write(bytes(2 * ANSWER_SLICE))
-        talk.clock.advance(UNREAD_TIME)
+        talk.clock.advance(LIMITS.unread_time)
         self.assertTrue(talk.is_aborted)
-        talk.channel.stopProducing()
+        talk.transport.producer.stopProducing()
         self.assertEqual(producer.calls, ["pause", "stop"])
 
     def test_pull_producer(self) -> None:
@@ -1310,12 +1304,12 @@ class UnreadTests(SynchronousTestCase):
         producer = Pull(self.requests[0], 5, bytes(ANSWER_SLICE))
         self.assertEqual(producer.left, 4)
         for _ in range(5):
-            talk.clock.advance(UNREAD_TIME - 1)
+            talk.clock.advance(LIMITS.unread_time - 1)
             self.transport.drain()
         self.assertEqual([len(a.body) for a in talk.answers], [5 * ANSWER_SLICE])
         self.assertEqual(len(self.requests), 2)
         self.assertEqual(self.transport.streaming, True)
-        talk.clock.advance(10 * UNREAD_TIME)
+        talk.clock.advance(10 * LIMITS.unread_time)
         self.assertFalse(talk.is_aborted)
 
     def test_idle_behind_a_pull(self) -> None:
@@ -1324,7 +1318,7 @@ class UnreadTests(SynchronousTestCase):
         talk.send(get())
         Pull(self.requests[0], 2, b"x")
         talk.clock.advance(0)
-        talk.clock.advance(IDLE_TIME - 1)
+        talk.clock.advance(LIMITS.idle_time - 1)
         self.assertFalse(talk.is_aborted)
         self.assertEqual([(a.body, a.closes) for a in talk.answers], [(b"xx", False)])
         talk.clock.advance(1)
@@ -1345,7 +1339,7 @@ class UnreadTests(SynchronousTestCase):
         talk = Talk(self.held, self.transport)
         talk.send(get())
         Pull(self.requests[0], 5, bytes(ANSWER_SLICE))
-        talk.clock.advance(UNREAD_TIME - 1)
+        talk.clock.advance(LIMITS.unread_time - 1)
         self.assertFalse(talk.is_aborted)
         talk.clock.advance(1)
         self.assertTrue(talk.is_aborted)
@@ -1359,7 +1353,7 @@ class UnreadTests(SynchronousTestCase):
         self.transport.drain()
         talk.channel._producer = Push()  # from now on it is asked, and has nothing
         self.transport.drain()
-        talk.clock.advance(10 * UNREAD_TIME)
+        talk.clock.advance(10 * LIMITS.unread_time)
         self.assertFalse(talk.is_aborted)
 
     def test_resource_closes_while_it_produces(self) -> None:
@@ -1433,10 +1427,10 @@ class SocketContract:
     def listen(self, site: StreamingSite) -> Any:
         raise NotImplementedError
 
-    def serve(self, resource: Resource | Receive) -> int:
+    def serve(self, resource: Resource | Receive, **limits: Any) -> int:
         if not isinstance(resource, Resource):
             resource = Streaming(resource)
-        site = StreamingSite(resource)
+        site = StreamingSite(resource, limits=Limits(**limits))
         port = self.listen(site)
 
         def stop() -> Deferred[Any]:
@@ -1490,8 +1484,7 @@ class SocketContract:
 
     async def test_small_body_refused_without_a_reset(self) -> None:
         """A client whose whole body fits into the drain reads the answer and a clean end."""
-        self.patch(channel_module, "LINGER_TIME", 0.3)
-        port = self.serve(self.refuse())
+        port = self.serve(self.refuse(), linger_time=0.3)
 
         def client() -> bytes:
             with connect(port, self.context) as connection:
@@ -1515,14 +1508,12 @@ class SocketContract:
 
     async def test_slow_reader(self) -> None:
         """One that reads its answer slowly has it whole, though it takes longer than a client may read nothing."""
-        self.patch(channel_module, "CLOSE_TIME", 1.0)
-        self.patch(channel_module, "UNREAD_TIME", 1.0)
         size = 4_000_000
 
         async def receive(request: Request, body: IRequestBody) -> None:
             ok(request, b"x" * size)
 
-        port = self.serve(receive)
+        port = self.serve(receive, close_time=1.0, unread_time=1.0)
 
         def client() -> int:
             with connect(port, self.context) as connection:
@@ -1644,7 +1635,7 @@ class TCPTests(SocketContract, TestCase):
 
         found, took = await deferToThread(client)
         self.assertEqual([(a.status, a.closes) for a in answers(found)], [(413, True)])
-        self.assertLess(took, LINGER_TIME)
+        self.assertLess(took, LIMITS.linger_time)
 
     async def test_ends_its_side_behind_a_whole_request(self) -> None:
         """A client that says "that was all" behind its upload (``nc -N``) gets its answer."""

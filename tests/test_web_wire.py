@@ -17,13 +17,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
+from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
 from lwstwisted.web.wire import (
-    MAX_CHUNK_EXTENSIONS,
-    MAX_HEAD,
-    MAX_HEADERS,
-    MAX_LENGTH,
-    MAX_LINE,
-    MAX_TRAILERS,
     End,
     Head,
     Signal,
@@ -51,7 +46,7 @@ def summary(pieces: Iterable[bytes], max_length: int = MAX_LENGTH, until_close: 
     Each piece is lent in memory that is overwritten afterwards, as a transport does. Views of the body are
     overwritten with it, so they are copied at once, as a consumer must.
     """
-    wire = Wire(max_length)
+    wire = Wire(Limits(body_bytes=max_length))
     found: Summary = []
     memory = bytearray()
     try:
@@ -109,7 +104,7 @@ def row(name: str, data: bytes, *wanted: Refusal) -> Row:
 NEXT = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
 """Follows each refused request; nobody may see it."""
 
-LONG = b"x" * MAX_LINE
+LONG = b"x" * DEFAULT_LIMITS.line_bytes
 
 HEAD_ROWS = [
     row("length and coding", head(b"Content-Length: 5", b"Transfer-Encoding: chunked"), errors.LENGTH_AND_CODING),
@@ -156,7 +151,7 @@ HEAD_ROWS = [
     row("long target", head(first=b"GET /" + LONG + b" HTTP/1.1"), errors.TARGET_TOO_LONG),
     row("long method and target", head(first=b"UNSUBSCRIBE /" + LONG[1:] + b" HTTP/1.1"), errors.TARGET_TOO_LONG),
     row("long field", head(b"X: " + LONG), errors.HEAD_TOO_LARGE),
-    row("too many fields", head(*[b"X: y"] * MAX_HEADERS), errors.HEAD_TOO_LARGE),
+    row("too many fields", head(*[b"X: y"] * DEFAULT_LIMITS.header_lines), errors.HEAD_TOO_LARGE),
     row("long head", head(*[b"X: " + b"y" * 4000] * 9), errors.HEAD_TOO_LARGE),
     row("HTTP/0.9 without a version", b"GET /\r\n\r\n", errors.BAD_REQUEST_LINE),
     *(
@@ -198,14 +193,14 @@ BODY_ROWS = [
     row("extension with bare CR", chunked(b"5;a\rb\r\nhello\r\n0\r\n\r\n"), errors.BAD_CHUNK),
     row("extension with bare LF", chunked(b"5;a\nhello\r\n0\r\n\r\n"), errors.BAD_CHUNK),
     row("extension with NUL", chunked(b"5;\0\r\nhello\r\n0\r\n\r\n"), errors.BAD_CHUNK),
-    row("long extension", chunked(b"5;" + b"x" * MAX_CHUNK_EXTENSIONS + b"\r\n"), errors.BAD_CHUNK),
+    row("long extension", chunked(b"5;" + b"x" * DEFAULT_LIMITS.chunk_extension_bytes + b"\r\n"), errors.BAD_CHUNK),
     row("extensions that add up", chunked(*[b"1;" + b"x" * 1000 + b"\r\na\r\n"] * 5), errors.BAD_CHUNK),
     row("data not ended by CRLF", chunked(b"5\r\nhelloXX0\r\n\r\n"), errors.BAD_CHUNK),
     row("data ended by LF", chunked(b"5\r\nhello\n0\r\n\r\n"), errors.BAD_CHUNK),
     row("data longer than said", chunked(b"4\r\nhello\r\n0\r\n\r\n"), errors.BAD_CHUNK),
     row("many trailers", chunked(b"0\r\n", *[TRAILER] * 9), errors.TRAILERS_TOO_LARGE),
     row("very many trailers", chunked(b"0\r\n", *[b"a:\r\n"] * 3000), errors.TRAILERS_TOO_LARGE),
-    row("long trailer", chunked(b"0\r\nX: ", b"y" * MAX_TRAILERS), errors.TRAILERS_TOO_LARGE),
+    row("long trailer", chunked(b"0\r\nX: ", b"y" * DEFAULT_LIMITS.trailer_bytes), errors.TRAILERS_TOO_LARGE),
     row("folded trailer", chunked(b"0\r\nX: a\r\n b\r\n\r\n"), errors.BAD_CHUNK),
     row("trailer with bare LF", chunked(b"0\r\nX: a\n\r\n"), errors.BAD_CHUNK),
     row("trailer that is none", chunked(b"0\r\nGET / HTTP/1.1\r\n\r\n"), errors.BAD_CHUNK),
@@ -289,7 +284,7 @@ class FramingTableTests(SynchronousTestCase):
 
     def test_trailers_cost_little(self) -> None:
         """8 KiB of the shortest trailers are taken or refused by a count, not by adding up the list each time."""
-        lines = MAX_TRAILERS // 4
+        lines = DEFAULT_LIMITS.trailer_bytes // 4
         self.assertEqual(len(whole(chunked(b"0\r\n", *[b"a:\r\n"] * lines, b"\r\n"))[-1].trailers), lines)
         refused = whole(chunked(b"0\r\n", *[b"a:\r\n"] * (lines + 1), b"\r\n"))
         self.assertEqual(refused[-1], errors.TRAILERS_TOO_LARGE)
@@ -334,39 +329,39 @@ class EarlyRefusalTests(SynchronousTestCase):
         """A target without end is refused at its limit."""
         count, refusal = self.consumed(b"GET /" + b"x" * 20_000)
         self.assertEqual(refusal, errors.TARGET_TOO_LONG)
-        self.assertLess(count, MAX_LINE + 32)
+        self.assertLess(count, DEFAULT_LIMITS.line_bytes + 32)
 
     def test_long_line(self) -> None:
         """So is a field."""
         start = b"GET / HTTP/1.1\r\n"
         count, refusal = self.consumed(start + b"X: " + b"x" * 20_000)
         self.assertEqual(refusal, errors.HEAD_TOO_LARGE)
-        self.assertEqual(count, len(start) + MAX_LINE + 1)
+        self.assertEqual(count, len(start) + DEFAULT_LIMITS.line_bytes + 1)
 
     def test_long_head(self) -> None:
         """And a head of many fields that never ends."""
         wire = Wire()
-        wire.receive(b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * (MAX_HEAD // 6))
+        wire.receive(b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * (DEFAULT_LIMITS.head_bytes // 6))
         with self.assertRaises(Refused) as caught:
             wire.next_event()
         self.assertEqual(caught.exception.refusal, errors.HEAD_TOO_LARGE)
 
     def test_at_the_limits(self) -> None:
         """What is exactly as long as allowed is taken, whole and byte by byte."""
-        target = b"GET /" + b"x" * (MAX_LINE - 1) + b" HTTP/1.1"
-        field = b"X: " + b"x" * (MAX_LINE - 3)
+        target = b"GET /" + b"x" * (DEFAULT_LIMITS.line_bytes - 1) + b" HTTP/1.1"
+        field = b"X: " + b"x" * (DEFAULT_LIMITS.line_bytes - 3)
         filler = b"F: " + b"f" * 4000
         long_head = head(*[filler] * 8)
-        long_head = head(*[filler] * 8, b"L:" + b"l" * (MAX_HEAD - len(long_head) - 4))
-        self.assertEqual(len(long_head), MAX_HEAD)
+        long_head = head(*[filler] * 8, b"L:" + b"l" * (DEFAULT_LIMITS.head_bytes - len(long_head) - 4))
+        self.assertEqual(len(long_head), DEFAULT_LIMITS.head_bytes)
         for name, data in {
             "target": head(first=target),
             "field": head(field),
             "field in the middle": head(field, b"Y: z"),
-            "fields": head(*[b"X: y"] * (MAX_HEADERS - 1)),
+            "fields": head(*[b"X: y"] * (DEFAULT_LIMITS.header_lines - 1)),
             "head": long_head,
-            "extension": chunked(b"0;" + b"x" * (MAX_CHUNK_EXTENSIONS - 1) + b"\r\n\r\n"),
-            "trailer": chunked(b"0\r\nX:" + b"x" * (MAX_TRAILERS - 4) + b"\r\n\r\n"),
+            "extension": chunked(b"0;" + b"x" * (DEFAULT_LIMITS.chunk_extension_bytes - 1) + b"\r\n\r\n"),
+            "trailer": chunked(b"0\r\nX:" + b"x" * (DEFAULT_LIMITS.trailer_bytes - 4) + b"\r\n\r\n"),
         }.items():
             with self.subTest(name):
                 self.assertEqual([type(e) for e in whole(data)], [Head, End], name)
@@ -621,7 +616,7 @@ def h11_requests(data: bytes) -> list[tuple[bytes, bytes, bytes]]:
         # A connection for each request: what follows is the trailing data of the one before. h11 refuses
         # the one empty line before a request that RFC 9112 section 2.2 lets a server skip.
         data = data.removeprefix(b"\r\n")
-        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=DEFAULT_LIMITS.head_bytes)
         connection.receive_data(data)
         request: h11.Request | None = None
         body = b""

@@ -45,8 +45,9 @@ Roads not taken
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -61,8 +62,8 @@ from twisted.python.threadpool import ThreadPool
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import Entry, Name
-from lwstwisted.stores.tree import ATTEMPTS, NO_SPACE, Durability, Segments, Tree, encoded
+from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name, anything
+from lwstwisted.stores.tree import ATTEMPTS, NO_SPACE, Durability, Segments, Tree, encoded, found_of, keep_digests
 
 __all__ = ["WRITER_THREADS", "Durability", "LocalPartial", "LocalStore"]
 
@@ -75,6 +76,9 @@ WRITER_THREADS = 8
 
 FILE_MODE = 0o644
 """Mode of a finished file, whatever the umask: others (a web server, a backup) may read, none may write."""
+
+NOT_KEPT = {"md5"}
+"""Digests that are checked, and too weak to be given to others."""
 
 _ANSWERS = {
     **dict.fromkeys(NO_SPACE, errors.DISK_FULL),
@@ -170,17 +174,21 @@ class _Threads:
 class _Draft:
     """An open file that isn't finished. Every method blocks; one thread at a time is let in."""
 
-    def __init__(self, tree: Tree, path: Segments) -> None:
+    def __init__(self, tree: Tree, path: Segments, check: Check, digests: Mapping[str, bytes]) -> None:
         self.descriptor = -1
+        self.etag = ""
         self._tree = tree
         self._path = path
+        self._check = check
+        self._digests = digests
+        self._hashes = {name: hashlib.new(name, usedforsecurity=False) for name in digests}
         self._name: bytes | None = None
         self._offset = 0
         # A descriptor number that was closed may be another upload's by the next write.
         self._entered = Lock()
 
     def open(self, length: int | None) -> None:
-        self._tree.check_target(self._path)
+        self._tree.check_target(self._path, self._check)
         if length is not None:
             self._tree.check_space(length)
         self.descriptor, self._name = self._tree.open_partial()
@@ -197,8 +205,10 @@ class _Draft:
         with self._entered:
             try:
                 self._write(data)
+                self._check_digests()
                 os.fchmod(self.descriptor, FILE_MODE)
                 self._tree.sync_file(self.descriptor)
+                self.etag = found_of(os.fstat(self.descriptor)).etag
                 return self._publish()
             finally:
                 self._close()
@@ -216,7 +226,16 @@ class _Draft:
         while data:
             written = os.pwrite(self.descriptor, data, self._offset)
             self._offset += written
+            for running in self._hashes.values():
+                running.update(data[:written])
             data = data[written:]
+
+    def _check_digests(self) -> None:
+        if any(running.digest() != self._digests[name] for name, running in self._hashes.items()):
+            raise Refused(errors.DIGEST_MISMATCH)
+        kept = {name: digest for name, digest in self._digests.items() if name not in NOT_KEPT}
+        if kept:
+            keep_digests(self.descriptor, kept)
 
     def _publish(self) -> bool:
         made: list[Segments] = []
@@ -242,6 +261,15 @@ class _Draft:
         return is_new
 
     def _link(self, folder: int, last: bytes) -> bool:
+        with self._tree.naming(self._path):
+            if self._check is not anything:
+                found = None
+                with suppress(FileNotFoundError):
+                    found = self._tree.look(folder, last)
+                self._check(found)
+            return self._link_unchecked(folder, last)
+
+    def _link_unchecked(self, folder: int, last: bytes) -> bool:
         try:
             if self._name is None:
                 self._tree.link(self.descriptor, last, folder)
@@ -273,6 +301,11 @@ class LocalPartial:
         self._draft = draft
         self._threads = threads
         self._siblings = siblings
+
+    @property
+    def etag(self) -> str:
+        """See :class:`~lwstwisted.interfaces.PartialFile`."""
+        return self._draft.etag
 
     async def append(self, data: memoryview) -> None:
         """Write ``data`` behind what was written. See :class:`~lwstwisted.interfaces.PartialFile`."""
@@ -323,13 +356,15 @@ class LocalStore:
         self._threads = _Threads(reactor, threads)
         self._partials: set[LocalPartial] = set()
 
-    async def create(self, name: Name, length: int | None) -> LocalPartial:
+    async def create(
+        self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
+    ) -> LocalPartial:
         """Begin a file. See :class:`~lwstwisted.interfaces.Store`.
 
         :raises Refused: ``IS_FOLDER``, ``NOT_A_FOLDER``, ``NOT_A_FILE`` (a symbolic link anywhere in
             the path), ``OTHER_FILE_SYSTEM``, ``DISK_FULL``, ``STORE_FAILED``, ``STOPPING``.
         """
-        draft = _Draft(self._tree, encoded(name))
+        draft = _Draft(self._tree, encoded(name), check, digests)
         partial = LocalPartial(draft, self._threads, self._partials)
         await self._threads.run(draft.open, length, undo=lambda _: draft.close())
         self._partials.add(partial)
@@ -347,9 +382,13 @@ class LocalStore:
         """
         return await self._threads.run(self._tree.list_folder, encoded(name))
 
-    async def delete(self, name: Name) -> None:
+    def describe(self, fd: int) -> Found:
+        """What is open. See :class:`~lwstwisted.interfaces.Store`."""
+        return self._tree.describe(fd)
+
+    async def delete(self, name: Name, check: Check = anything) -> None:
         """Remove a finished file. See :class:`~lwstwisted.interfaces.Store`."""
-        await self._threads.run(self._tree.delete, encoded(name))
+        await self._threads.run(self._tree.delete, encoded(name), check)
 
     async def stop(self) -> None:
         """Refuse new calls, wait for those under way, drop unfinished files, end the threads."""

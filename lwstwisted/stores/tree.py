@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -22,7 +22,7 @@ from twisted.logger import Logger
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import Entry, Name
+from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name, anything
 from lwstwisted.stores.names import STATE_FOLDER, parse_name
 
 Durability = Literal["full", "data", "none"]
@@ -39,6 +39,12 @@ STATE_MODE = 0o700
 
 ATTEMPTS = 16
 """How often a race against other threads and processes may be lost before it counts as a failure."""
+
+NAMING_LOCKS = 64
+"""Locks that names share by their hash: enough that two commits seldom wait for each other."""
+
+DIGESTS_ATTRIBUTE = "user.lwstwisted.repr-digest"
+"""Extended attribute (xattr(7)) of a finished file: its digests as ``name=hex``, separated by blanks."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -67,6 +73,28 @@ def encoded(name: Name) -> Segments:
     return path
 
 
+def found_of(status: os.stat_result, digests: Mapping[str, bytes] = NO_DIGESTS) -> Found:
+    """A finished file. It is never written to again, so inode, size and time tell one from the next."""
+    etag = f'"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"'
+    return Found(etag, status.st_size, status.st_mtime, digests)
+
+
+def keep_digests(descriptor: int, digests: Mapping[str, bytes]) -> None:
+    """Note digests beside the contents of a file, where the file system can."""
+    value = " ".join(f"{name}={digest.hex()}" for name, digest in digests.items())
+    with suppress(OSError):
+        os.setxattr(descriptor, DIGESTS_ATTRIBUTE, value.encode())
+
+
+def kept_digests(descriptor: int) -> dict[str, bytes]:
+    """What :func:`keep_digests` noted."""
+    try:
+        value = os.getxattr(descriptor, DIGESTS_ATTRIBUTE).decode()
+        return {name: bytes.fromhex(digest) for name, _, digest in (item.partition("=") for item in value.split())}
+    except (OSError, ValueError):
+        return {}
+
+
 @contextmanager
 def _closed_if_refused(descriptor: int) -> Iterator[None]:
     try:
@@ -84,6 +112,7 @@ class Tree:
     def __init__(self, root: Path, durability: Durability, use_tmpfile: bool) -> None:
         self._durability = durability
         self._making = Lock()
+        self._naming = [Lock() for _ in range(NAMING_LOCKS)]
         self._make_root(root)
         self.partial = -1
         self._root = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -213,10 +242,20 @@ class Tree:
                 self.require_file(os.fstat(descriptor))
             return descriptor
 
-    def delete(self, path: Segments) -> None:
+    def describe(self, descriptor: int) -> Found:
+        return found_of(os.fstat(descriptor), kept_digests(descriptor))
+
+    def delete(self, path: Segments, check: Check) -> None:
         with self._folder_of_file(path) as folder:
-            os.unlink(path[-1], dir_fd=folder)
+            with self.naming(path):
+                if check is not anything:
+                    check(found_of(os.lstat(path[-1], dir_fd=folder)))
+                os.unlink(path[-1], dir_fd=folder)
             self.sync_folder(folder)
+
+    def naming(self, path: Segments) -> Lock:
+        """To be held while a name is looked at and then changed, so that nobody changes it in between."""
+        return self._naming[hash(path) % len(self._naming)]
 
     def list_folder(self, path: Segments) -> list[Entry]:
         try:
@@ -242,12 +281,23 @@ class Tree:
 
     # Partial files.
 
-    def check_target(self, path: Segments) -> None:
+    def check_target(self, path: Segments, check: Check) -> None:
         """Refuse early what could not be committed. It's looked at again then."""
         if not path:
             raise Refused(errors.IS_FOLDER)
+        found = None
         with suppress(FileNotFoundError), self.folder(path[:-1]) as folder:
-            self.require_file(os.lstat(path[-1], dir_fd=folder))
+            found = self.look(folder, path[-1])
+        check(found)
+
+    def look(self, folder: int, last: bytes) -> Found:
+        """The finished file of a name.
+
+        :raises FileNotFoundError: if there is none.
+        """
+        found = os.lstat(last, dir_fd=folder)
+        self.require_file(found)
+        return found_of(found)
 
     def check_space(self, length: int) -> None:
         disk = os.fstatvfs(self.partial)

@@ -1,7 +1,8 @@
 """``PUT /files/a/b``: one request, one file (RFC 9110 section 9.3.4).
 
 Everything that can be known from the head is decided before a byte of the body is accepted: the name, the
-length, the encodings. The file becomes visible when it is whole and durable, and then the answer is sent.
+length, the encodings, the conditions. The file becomes visible when it is whole and durable, and then the
+answer is sent.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from twisted.web.server import Request
 from lwstwisted import errors
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import IRequestBody, Name, Store
+from lwstwisted.uploads.conditions import Conditions
+from lwstwisted.uploads.digests import expected_digests
 from lwstwisted.uploads.transfer import Transfer
 
 
@@ -25,7 +28,9 @@ async def put(request: Request, body: IRequestBody, store: Store, name: Name, ma
     _check_fields(request)
     if body.length is not None and body.length > max_size:
         raise Refused(errors.BODY_TOO_LARGE)
-    transfer = Transfer(await store.create(name, body.length), body.length, max_size)
+    conditions, digests = Conditions(request), expected_digests(request)
+    part = await store.create(name, body.length, conditions.check, digests)
+    transfer = Transfer(part, body.length, max_size)
     try:
         await body.deliver_to(transfer)
         created = await transfer.finish()
@@ -36,6 +41,7 @@ async def put(request: Request, body: IRequestBody, store: Store, name: Name, ma
     if request.channel is None:
         return  # the client left when all was sent
     request.setResponseCode(CREATED if created else NO_CONTENT)
+    request.setHeader(b"ETag", part.etag.encode("ascii"))
     if created:
         request.setHeader(b"Location", request.path)
         request.setHeader(b"Content-Length", b"0")

@@ -16,17 +16,15 @@ which no script in it runs.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Awaitable, Callable
-from html import escape
 from typing import IO, Any, cast
 from urllib.parse import quote
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer
 from twisted.python.failure import Failure
-from twisted.web.http import NO_CONTENT
+from twisted.web.http import NO_CONTENT, NOT_MODIFIED
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 from twisted.web.static import File, getTypeAndEncoding
@@ -34,17 +32,19 @@ from zope.interface import implementer
 
 from lwstwisted import errors
 from lwstwisted.errors import BodyStopped, Refused
-from lwstwisted.interfaces import Entry, IRequestBody, IStreamingResource, Name, Store
+from lwstwisted.interfaces import Found, IRequestBody, IStreamingResource, Name, Store
 from lwstwisted.stores.names import parse_name
+from lwstwisted.uploads.conditions import Conditions, NotModified, is_range_wanted
+from lwstwisted.uploads.digests import repr_digest
+from lwstwisted.uploads.pages import send_listing
 from lwstwisted.uploads.put import put
 from lwstwisted.web.answers import answer_refusal, refusal_for
-from lwstwisted.web.wire import MAX_LENGTH
+from lwstwisted.web.limits import MAX_LENGTH
 
 SPOOL_READ = 256 * 1024
 """Bytes read at once from a body that a stock ``Site`` has spooled."""
 
 _ISOLATED = b"sandbox; default-src 'none'"
-_PAGE_POLICY = b"default-src 'none'; style-src 'unsafe-inline'"
 
 
 @implementer(IStreamingResource)
@@ -91,7 +91,7 @@ class UploadResource(Resource):
         await put(request, body, self._store, parse_name(request.postpath or []), self._max_size)
 
     async def _delete(self, request: Request, body: IRequestBody) -> None:
-        await self._store.delete(parse_name(request.postpath or []))
+        await self._store.delete(parse_name(request.postpath or []), Conditions(request).check)
         if request.channel is None:
             return  # the client left meanwhile
         request.setResponseCode(NO_CONTENT)
@@ -109,19 +109,36 @@ class UploadResource(Resource):
         request.setHeader(b"X-Content-Type-Options", b"nosniff")
         if not is_folder:
             try:
-                _send_file(request, name, await self._store.open_file(name))
-                return
+                fd = await self._store.open_file(name)
             except Refused as refused:
                 if refused.refusal is not errors.IS_FOLDER:
                     raise
-        _send_listing(request, await self._store.list_folder(name))
+            else:
+                _send_file(request, name, fd, self._store.describe(fd))
+                return
+        entries = await self._store.list_folder(name)
+        if request.channel is not None:  # else the client left meanwhile
+            send_listing(request, request.path.rstrip(b"/").decode("ascii") + "/", entries)
 
 
-def _send_file(request: Request, name: Name, fd: int) -> None:
+def _send_file(request: Request, name: Name, fd: int, found: Found) -> None:
     """Let twisted.web send what ``fd`` is, whatever its name has become meanwhile; closes ``fd``."""
     try:
         if request.channel is None:
             return  # the client left while the file was being opened
+        request.setHeader(b"ETag", found.etag.encode("ascii"))
+        if (digest := repr_digest(request, found.digests)) is not None:
+            request.setHeader(b"Repr-Digest", digest)
+        try:
+            Conditions(request).check(found)
+        except NotModified:
+            request.setResponseCode(NOT_MODIFIED)
+            request.finish()
+            return
+        if not is_range_wanted(request, found):
+            request.requestHeaders.removeHeader(b"range")
+        for field in (b"if-none-match", b"if-modified-since"):
+            request.requestHeaders.removeHeader(field)  # judged, and twisted.web would judge them again
         file = File(f"/proc/self/fd/{fd}")
         file.type, file.encoding = getTypeAndEncoding(
             name[-1], File.contentTypes, {}, "application/octet-stream"
@@ -131,43 +148,6 @@ def _send_file(request: Request, name: Name, fd: int) -> None:
         request.render(file)
     finally:
         os.close(fd)
-
-
-def _send_listing(request: Request, entries: list[Entry]) -> None:
-    if request.channel is None:
-        return  # the client left meanwhile
-    if b"application/json" in (request.getHeader(b"accept") or b""):
-        kind, page = b"application/json", _json_listing(entries)
-    else:
-        kind, page = b"text/html; charset=utf-8", _html_listing(request.path.rstrip(b"/").decode("ascii"), entries)
-        request.setHeader(b"Content-Security-Policy", _PAGE_POLICY)
-    data = page.encode()
-    request.setHeader(b"Content-Type", kind)
-    request.setHeader(b"Content-Length", b"%d" % len(data))
-    request.write(data)
-    request.finish()
-
-
-def _json_listing(entries: list[Entry]) -> str:
-    listing = [
-        {"name": e.name, "type": "folder" if e.is_folder else "file", "size": e.size, "modified": e.modified}
-        for e in entries
-    ]
-    return json.dumps(listing, ensure_ascii=False) + "\n"
-
-
-def _html_listing(path: str, entries: list[Entry]) -> str:
-    rows = "".join(
-        f'<li><a href="{escape(path)}/{quote(e.name, safe="")}/">{escape(e.name)}/</a></li>\n'
-        if e.is_folder
-        else f'<li><a href="{escape(path)}/{quote(e.name, safe="")}">{escape(e.name)}</a> {e.size:,} bytes</li>\n'
-        for e in entries
-    )
-    title = escape(path) + "/"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
-        f"<h1>{title}</h1>\n<ul>\n{rows}</ul>\n</html>\n"
-    )
 
 
 def _quoted(name: str) -> bytes:

@@ -15,14 +15,10 @@ first reason and the last one touch the transport. On resume the wire is drained
 again, and only then is the transport resumed; so the order of the bytes is the order of the buffers.
 
 **An answer before the end of the body.** If the rest of the body has arrived already, it is thrown away and
-the connection goes on. Otherwise the answer says ``Connection: close``, and the client gets :data:`LINGER_TIME` to
+the connection goes on. Otherwise the answer says ``Connection: close``, and the client gets ``linger_time`` to
 read it, while what it still sends is thrown away. Closed at once, the kernel would answer the unread bytes with a
 reset, and a client may drop an answer that it has not read yet; and one that looks for the answer only when it has
 sent everything would wait for a full socket.
-
-**Writing.** The channel is the transport's only producer; a resource's producer is paused and resumed through it.
-A long answer is given to the transport slice by slice, so that a client which reads slowly is told from one which
-does not read at all.
 
 **Deadlines.** One timer for each connection, with one meaning at a time. The client's clock stops while we
 are the ones who pause.
@@ -31,7 +27,6 @@ are the ones who pause.
 from __future__ import annotations
 
 import enum
-from collections import deque
 from io import BytesIO
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
@@ -40,7 +35,7 @@ from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import (
     IConsumer,
     IHalfCloseableProtocol,
-    IPushProducer,
+    IHandshakeListener,
     ISSLTransport,
     ITCPTransport,
 )
@@ -60,29 +55,14 @@ from lwstwisted.interfaces import IBufferReceiver, IStreamingResource
 from lwstwisted.loop.presence import PeerWatch
 from lwstwisted.web.answers import answer_refusal, bare_answer, refusal_for, unread_bytes
 from lwstwisted.web.body import RequestBody, Spool
-from lwstwisted.web.deadline import Deadline
+from lwstwisted.web.deadline import Deadline, MinimumRate
+from lwstwisted.web.outgoing import Outgoing
+from lwstwisted.web.request import CONTINUE, StreamingRequest, interim_response
 from lwstwisted.web.wire import End, Head, Signal, State, Wire
 
 READ_AHEAD = 64 * 1024
 """Bytes that the wire may hold while nobody takes them: more than any head, and a small upload whole."""
-IDLE_TIME = 75.0
-"""Seconds that a connection may be idle between requests (nginx' keepalive_timeout); ``Site``'s ``timeout``."""
-HEAD_TIME = 10.0
-"""Seconds for a whole head, from its first byte; a byte now and then does not extend it."""
-BODY_TIME = 60.0
-"""Seconds without a byte of the body, while we want one (nginx' client_body_timeout)."""
-UNREAD_TIME = 30.0
-"""Seconds in which a client reads nothing of its answer before it is cut."""
-ANSWER_SLICE = 64 * 1024
-"""Bytes of an answer given to the transport at once; what is behind them waits for the client to read."""
-PULL_AGAIN = 0.01
-"""Seconds until a producer that had nothing to give (the answer to HEAD, say) is asked again."""
-LINGER_TIME = 2.0
-"""Seconds for reading an early answer, while the rest of the body is thrown away."""
-CLOSE_TIME = 10.0
-"""Seconds from the decision to close until the connection is aborted: a TLS peer may never say goodbye."""
-
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_CONTINUE = interim_response(CONTINUE)
 _log = Logger()
 
 
@@ -95,7 +75,7 @@ class _Life(enum.Enum):
     LOST = enum.auto()
 
 
-@implementer(IBufferReceiver, IPushProducer, IHalfCloseableProtocol)
+@implementer(IBufferReceiver, IHalfCloseableProtocol, IHandshakeListener)
 class StreamingChannel(Protocol):
     """One HTTP/1.1 connection of a :class:`~lwstwisted.web.site.StreamingSite`.
 
@@ -104,39 +84,60 @@ class StreamingChannel(Protocol):
 
     factory: Any  # the StreamingSite, one floor up
     site: Any  # the same, by the name that Request knows
-    requestFactory: Any = Request
+    requestFactory: Any = StreamingRequest
 
     def connectionMade(self) -> None:
         """See ``Protocol``."""
         self._below = cast(Any, self.transport)
         # Asked for by each request, also when the socket is gone.
         self._peer, self._host = self._below.getPeer(), self._below.getHost()
-        self._wire = Wire()
+        self._limits = self.factory.limits
+        self._wire = Wire(self._limits)
         self._life = _Life.OPEN
+        self._requests_left = self._limits.requests
         self._request: Request | None = None
         self._body: RequestBody | None = None
         self._is_streaming = False
         self._found: tuple[Any, Any, Any] = (None, None, None)  # resource, prepath, postpath
         self._head_began = self._pumping = False
         self._keep_alive = True
-        self._producer: Any = None
-        self._is_pulled = False  # the resource's producer is asked for each piece
-        self._will_pull = False
         self._is_ended = False  # the client has ended its side
-        self._has_written = False
-        self._is_producer_paused = False
-        self._is_full = False  # the transport takes nothing until the client has read
-        self._unsent: deque[memoryview] = deque()
         self._valve = Valve(self._pause_below, self._below.resumeProducing)
         clock = self.factory.reactor
         watched = getattr(self._below, "socket", None)
         self._watch = PeerWatch(clock, watched, lambda: not self._valve.is_open, self.forceAbortClient)
         self._deadline = Deadline(clock)
-        self.factory.channels.add(self)
+        self._rate: MinimumRate | None = None
+        self._is_shaking = ISSLTransport.providedBy(self._below)
         if ITCPTransport.providedBy(self._below):
             self._below.setTcpNoDelay(True)
-        self._below.registerProducer(self, True)
-        self._set_idle()
+        self._out = Outgoing(self, self._below, clock)
+        if not self.factory.admit(self):
+            self._turn_away()
+        elif self._is_shaking:
+            self._deadline.set(self._limits.handshake_time, self._not_shaken)
+        else:
+            self._set_idle()
+
+    def handshakeCompleted(self) -> None:
+        """See ``IHandshakeListener``."""
+        if self._is_shaking and self._life is _Life.OPEN:
+            self._is_shaking = False
+            self._set_idle()
+
+    def _not_shaken(self) -> None:
+        self.factory.tally.count(errors.HANDSHAKE_TIMEOUT.code, self._peer)
+        self.forceAbortClient()
+
+    def _turn_away(self) -> None:
+        """There are too many connections. A handshake would be too dear for saying so."""
+        self.factory.tally.count(errors.TOO_MANY_CONNECTIONS.code, self._peer)
+        if self._is_shaking or not self.factory.may_linger:
+            self._life = _Life.CLOSING
+            self.forceAbortClient()
+        else:
+            self._below.write(bare_answer(errors.TOO_MANY_CONNECTIONS))
+            self._linger()
 
     # Bytes
 
@@ -147,6 +148,7 @@ class StreamingChannel(Protocol):
     def bufferReceived(self, view: memoryview) -> None:
         """See :class:`~lwstwisted.interfaces.IBufferReceiver`."""
         if self._life is _Life.OPEN:
+            self._is_shaking = False  # a protocol between us and TLS may not tell
             self._wire.receive(view)
             self.pump()
             self._wire.keep()
@@ -187,8 +189,15 @@ class StreamingChannel(Protocol):
             self._end_body()
         else:
             assert self._body is not None
+            self._count(len(event))
             self._body.receive(event)
         return True
+
+    def _count(self, size: int) -> None:
+        if self._rate is not None:
+            self._rate.count(size)
+        if isinstance(self._request, StreamingRequest):
+            self._request.received += size
 
     def _pause_below(self) -> None:
         self._below.pauseProducing()
@@ -202,7 +211,9 @@ class StreamingChannel(Protocol):
         self._set_deadline()
 
     def _set_deadline(self) -> None:
-        if self._is_full or self._life is not _Life.OPEN:
+        if self._out.is_full or self._life is not _Life.OPEN:
+            if self._rate is not None:
+                self._rate.hold()
             return  # the client's deadline was set when it began
         if self._request is None:
             if not self._wire.has_begun:
@@ -210,11 +221,16 @@ class StreamingChannel(Protocol):
                 self._set_idle()
             elif not self._head_began:
                 self._head_began = True
-                self._deadline.set(HEAD_TIME, lambda: self._refuse(Refused(errors.HEAD_TIMEOUT)))
+                self._deadline.set(self._limits.head_time, lambda: self._refuse(Refused(errors.HEAD_TIMEOUT)))
         elif self._body is not None and self._body.is_wanted:
-            self._deadline.set(BODY_TIME, self._body_timed_out)
+            self._deadline.set(self._limits.body_time, lambda: self._cut_late(errors.BODY_TIMEOUT))
+            if self._rate is not None:
+                self._rate.listen()
+            return
         else:
             self._deadline.clear()
+        if self._rate is not None:
+            self._rate.hold()
 
     def _set_idle(self) -> None:
         if self.factory.timeOut is None:
@@ -225,9 +241,15 @@ class StreamingChannel(Protocol):
     # A request
 
     def _begin(self, head: Head) -> None:
+        if self._requests_left == self._limits.requests:
+            # Known only now where a proxy tells it in front of the first request.
+            self._peer, self._host = self._below.getPeer(), self._below.getHost()
         request = self.requestFactory(self)
         self._request = request
-        self._keep_alive = head.keep_alive
+        if isinstance(request, StreamingRequest):
+            request.arrived = self.factory.reactor.seconds()
+        self._requests_left -= 1
+        self._keep_alive = head.keep_alive and self._requests_left > 0
         for name, value in head.headers:
             request.requestHeaders.addRawHeader(name, value)
         request.parseCookies()
@@ -236,6 +258,8 @@ class StreamingChannel(Protocol):
         request.path = path
         request.args = parse_qs(query, 1) if query else {}
         self._body = body = RequestBody(self, head)
+        if head.length != 0:
+            self._expect_rate()
         resource = self._find(request)
         self._is_streaming = IStreamingResource.providedBy(resource)
         if self._is_streaming:
@@ -245,6 +269,17 @@ class StreamingChannel(Protocol):
             if not head.has_content:
                 self._found = (resource, request.prepath, request.postpath)
             self._spool(request, body, head)
+
+    def _expect_rate(self) -> None:
+        if self._rate is None:
+            limits = self._limits
+            self._rate = MinimumRate(
+                self.factory.reactor,
+                limits.body_rate,
+                limits.body_rate_time,
+                lambda: self._cut_late(errors.BODY_TOO_SLOW),
+            )
+        self._rate.begin()
 
     def _find(self, request: Request) -> Any:
         """The resource for a request, as ``Request.process`` will find it; None if that has to fail itself."""
@@ -296,8 +331,8 @@ class StreamingChannel(Protocol):
         if self._body is not None:
             self._body.fail(reason)
 
-    def _body_timed_out(self) -> None:
-        self._cut_body(Failure(Refused(errors.BODY_TIMEOUT)))
+    def _cut_late(self, refusal: errors.Refusal) -> None:
+        self._cut_body(Failure(Refused(refusal)))
 
     def send_continue(self) -> None:
         """Tell a client that waits for it to send its body."""
@@ -305,6 +340,11 @@ class StreamingChannel(Protocol):
             return
         if not self._wire.buffered:  # else it did not wait
             self._below.write(_CONTINUE)
+
+    def send_interim(self, response: bytes) -> None:
+        """Send an interim response (see ``web/request.py``)."""
+        if self._life is _Life.OPEN:
+            self._below.write(response)
 
     def body_paused(self) -> None:
         """The consumer of the body wants no more."""
@@ -327,6 +367,7 @@ class StreamingChannel(Protocol):
             answer_refusal(self._request, refused)
             return
         self._keep_alive = False
+        self.factory.tally.count(refused.refusal.code, self._peer)
         self._below.write(bare_answer(refused.refusal))
         self._linger()
 
@@ -365,25 +406,12 @@ class StreamingChannel(Protocol):
 
     def write(self, data: bytes) -> None:
         """Send a piece of the response."""
-        self._has_written = True
-        if self._is_full or len(data) > ANSWER_SLICE:
-            self._unsent.append(memoryview(data))
-            self._send()
-        else:
-            self._below.write(data)
+        self._out.write(data)
 
     def writeSequence(self, pieces: list[bytes]) -> None:
         """Send pieces of the response."""
         for piece in pieces:
-            self.write(piece)
-
-    def _send(self) -> None:
-        """Give the transport as much as it takes."""
-        while self._unsent and not self._is_full:
-            view = self._unsent.popleft()
-            if len(view) > ANSWER_SLICE:
-                self._unsent.appendleft(view[ANSWER_SLICE:])
-            self._below.write(bytes(view[:ANSWER_SLICE]))
+            self._out.write(piece)
 
     def requestDone(self, request: Request) -> None:
         """The response is complete."""
@@ -405,43 +433,17 @@ class StreamingChannel(Protocol):
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         """Let a resource stream its response: it is paused instead of its client."""
-        if self._producer is not None:
+        if self._out.has_producer:
             raise RuntimeError("the response has a producer already")
-        self._producer = producer
-        self._is_pulled = not streaming
         self._valve.open("unread")
-        if self._is_pulled:
-            self._pull()
-        elif self._is_full:
-            self._pause_producer()
+        self._out.register(producer, streaming)
 
     def unregisterProducer(self) -> None:
         """The resource has written what it had."""
-        if self._producer is not None:
-            self._producer = None
-            self._is_producer_paused = self._is_pulled = False
-            if self._is_full:
+        if self._out.has_producer:
+            self._out.unregister()
+            if self._out.is_full:
                 self._valve.close("unread")
-
-    def _pull_in(self, seconds: float) -> None:
-        if not self._will_pull:
-            self._will_pull = True
-            self.factory.reactor.callLater(seconds, self._pull)
-
-    def _pull(self) -> None:
-        """Ask the resource's producer for a piece, and again later, also when it had none to give."""
-        self._will_pull = False
-        if not self._is_pulled or self._is_full or self._life is _Life.LOST:
-            return
-        self._has_written = False
-        try:
-            self._producer.resumeProducing()
-        except Exception:
-            _log.failure("a producer of an answer failed")
-            self.forceAbortClient()
-            return
-        if self._is_pulled and not self._is_full:
-            self._pull_in(0 if self._has_written else PULL_AGAIN)
 
     def getPeer(self) -> Any:
         """The client's address."""
@@ -464,56 +466,31 @@ class StreamingChannel(Protocol):
         if self._request is not None:
             answer_refusal(self._request, Refused(errors.BAD_FORM))
 
-    # What the transport calls: the client reads its answers, or does not
+    # The client reads its answers, or does not
 
-    def pauseProducing(self) -> None:
-        """The client is behind: nothing more is sent, and no further request is taken from it."""
-        if self._is_full:
-            return
-        self._is_full = True
+    def client_is_behind(self) -> None:
+        """No further request is taken from a client that is behind, unless a resource can be paused for it."""
         self._await_client()
-        if self._producer is not None:
-            self._pause_producer()
-        else:
+        if not self._out.has_producer:
             self._valve.close("unread")
 
-    def _pause_producer(self) -> None:
-        if not self._is_pulled and not self._is_producer_paused:
-            self._is_producer_paused = True
-            self._producer.pauseProducing()
-
-    def resumeProducing(self) -> None:
+    def client_has_read(self) -> None:
         """The client has read what the transport had."""
-        self._is_full = False
-        self._send()
-        if self._is_full:
-            return
         if self._life is _Life.CLOSING:
             self._say_goodbye()
         elif self._life is _Life.LINGERING:
             self._valve.open("unread")
-            self._deadline.set(LINGER_TIME, self._close)
-        elif self._producer is not None:
+            self._deadline.set(self._limits.linger_time, self._close)
+        elif self._out.has_producer:
             self._set_deadline()
-            if self._is_pulled:
-                self._pull()
-            elif self._is_producer_paused:
-                self._is_producer_paused = False
-                self._producer.resumeProducing()
+            self._out.go_on()
         else:
             self._valve.open("unread")
             self.pump()
 
-    def stopProducing(self) -> None:
-        """The transport is gone; ``connectionLost`` follows."""
-        producer, self._producer = self._producer, None
-        self._is_pulled = False
-        if producer is not None:
-            producer.stopProducing()
-
     def _await_client(self) -> None:
         self._head_began = False
-        self._expect_reading(UNREAD_TIME)
+        self._expect_reading(self._limits.unread_time)
 
     def _expect_reading(self, seconds: float) -> None:
         """Abort in ``seconds``, unless the client has read something of its answer by then."""
@@ -558,19 +535,19 @@ class StreamingChannel(Protocol):
         self._life = _Life.LINGERING
         self._valve.open("consumer")
         self._valve.open("buffered")
-        self._deadline.set(LINGER_TIME, self._close)
+        self._deadline.set(self._limits.linger_time, self._close)
 
     def _close(self) -> None:
         if self._life in (_Life.OPEN, _Life.LINGERING):
             self._life = _Life.CLOSING
-            if self._is_full:
+            if self._out.is_full:
                 self._await_client()
             else:
                 self._say_goodbye()
 
     def _say_goodbye(self) -> None:
         # A TLS peer says goodbye when it has read everything, which may take its time.
-        self._expect_reading(CLOSE_TIME)
+        self._expect_reading(self._limits.close_time)
         self._below.unregisterProducer()
         self._below.loseConnection()
 
@@ -589,10 +566,11 @@ class StreamingChannel(Protocol):
         """See ``IProtocol``."""
         self._life = _Life.LOST
         self._deadline.stop()
+        if self._rate is not None:
+            self._rate.stop()
         self._watch.stop()
-        self._unsent.clear()
-        self.stopProducing()
-        self.factory.channels.discard(self)
+        self._out.stopProducing()
+        self.factory.leave(self)
         request, self._request = self._request, None
         if request is not None:
             request.connectionLost(reason)

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, cast
 
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
-from twisted.web.http import combinedLogFormatter, datetimeToLogString
-from twisted.web.iweb import IAccessLogFormatter
 from twisted.web.resource import IResource
 from twisted.web.server import Request, Site
-from zope.interface import provider
 
-from lwstwisted.web.channel import IDLE_TIME, StreamingChannel
+from lwstwisted.web.accesslog import combined_log
+from lwstwisted.web.channel import StreamingChannel
+from lwstwisted.web.limits import DEFAULT_LIMITS, Limits
+from lwstwisted.web.request import StreamingRequest
+from lwstwisted.web.tally import Tally
+
+LINGERING = 100
+"""Connections above the limits that are told why they are turned away; further ones are closed at once."""
 
 _log = Logger()
 
 
-@provider(IAccessLogFormatter)
-def combined_log(timestamp: str, request: Request) -> str:
-    """Combined log format with the date of the wall clock: the reactor's clock may be another one.
+def network_of(address: Any) -> str:
+    """Who is behind an address: an IPv4 address, or the /64 that one customer's IPv6 addresses are taken from.
 
-    :param timestamp: what the factory made of the reactor's clock; not used.
+    :returns: "" where it is neither, as of a UNIX socket.
     """
-    line: str = combinedLogFormatter(datetimeToLogString(), request)
-    return line
+    try:
+        host = ip_address(address.host)
+    except (AttributeError, ValueError):
+        return ""
+    if isinstance(host, IPv6Address):
+        host = host.ipv4_mapped or ip_network((host, 64), strict=False).network_address
+    return str(host)
 
 
 class StreamingSite(Site):
@@ -34,16 +44,28 @@ class StreamingSite(Site):
 
     :param resource: the root of the resources; all others than streaming ones work as ever.
     :param reactor: for deadlines; the global one by default.
+    :param limits: what one client may take. ``Site``'s ``timeout`` overrides its ``idle_time``.
     :param options: what ``Site`` takes.
     """
 
     protocol = StreamingChannel  # type: ignore[assignment]
+    requestFactory = StreamingRequest
 
-    def __init__(self, resource: IResource, reactor: IReactorTime | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        resource: IResource,
+        reactor: IReactorTime | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        **options: Any,
+    ) -> None:
         options.setdefault("logFormatter", combined_log)
-        options.setdefault("timeout", IDLE_TIME)
+        options.setdefault("timeout", limits.idle_time)
         super().__init__(resource, reactor=reactor, **options)  # type: ignore[no-untyped-call]
+        self.limits = limits
+        self.tally = Tally(self.reactor)
         self.channels: set[StreamingChannel] = set()
+        self._admitted: dict[StreamingChannel, str] = {}
+        self._of_network: Counter[str] = Counter()
         self._under_way: set[Deferred[None]] = set()
 
     def getResourceFor(self, request: Request) -> IResource:
@@ -51,6 +73,33 @@ class StreamingSite(Site):
         channel = cast(StreamingChannel, request.channel)
         found: IResource | None = channel.take_found(request)
         return found if found is not None else super().getResourceFor(request)  # type: ignore[no-untyped-call]
+
+    def admit(self, channel: StreamingChannel) -> bool:
+        """Take account of a new connection. Returns whether the limits have room for it."""
+        self.channels.add(channel)
+        network = network_of(channel.getPeer())
+        at_most = self.limits.connections_per_address
+        if len(self._admitted) >= self.limits.connections:
+            return False
+        if at_most and network and self._of_network[network] >= at_most:
+            return False
+        self._admitted[channel] = network
+        self._of_network[network] += 1
+        return True
+
+    def leave(self, channel: StreamingChannel) -> None:
+        """A connection is over."""
+        self.channels.discard(channel)
+        network = self._admitted.pop(channel, None)
+        if network is not None:
+            self._of_network[network] -= 1
+            if not self._of_network[network]:
+                del self._of_network[network]
+
+    @property
+    def may_linger(self) -> bool:
+        """Whether a connection that is turned away may stay for the moment in which it reads why."""
+        return len(self.channels) - len(self._admitted) <= LINGERING
 
     def watch(self, work: Deferred[None]) -> None:
         """Keep account of something under way, for :meth:`stop` to wait for."""
@@ -62,6 +111,7 @@ class StreamingSite(Site):
         """Close all connections, and wait until their requests have cleaned up."""
         for channel in list(self.channels):
             channel.stop()
+        self.tally.stop()
         while self._under_way:
             await DeferredList(list(self._under_way))
 

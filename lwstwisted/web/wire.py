@@ -28,21 +28,9 @@ import httptools
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
+from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
 
-MAX_HEAD = 32 * 1024
-"""Bytes of a whole head. nginx and Apache allow 32 KiB and more; cookies fill it, uploads do not."""
-MAX_LINE = 8 * 1024
-"""Bytes of a header line or of the request target (RFC 9112 section 3 wants 8000 at least)."""
-MAX_HEADERS = 100
-"""Header lines (Apache's default)."""
-MAX_CHUNK_EXTENSIONS = 4 * 1024
-"""Bytes of chunk extensions in one body; nobody uses them but attackers."""
-MAX_TRAILERS = 8 * 1024
-"""Bytes of the trailer section: a few digests."""
-MAX_LENGTH = 2**63 - 1
-"""Bytes of a body; what file systems and file offsets can say."""
-
-_MAX_REQUEST_LINE = MAX_LINE + len("CONNECT  HTTP/1.1")
+_REQUEST_LINE_FRAME = len("CONNECT  HTTP/1.1")  # what a request line has beside its target
 _SHORT_LINE = 32  # what is copied first for a line of a chunked body: its lines are short, its limits are not
 _LENGTH_DIGITS = len(str(MAX_LENGTH))
 _BLANK_LINE = b"\r\n\r\n"
@@ -120,17 +108,18 @@ Event = Head | memoryview | End | Signal
 class Wire:
     """One connection's requests.
 
-    :param max_length: bytes of a body; a longer announcement is refused at once.
+    :param limits: the longest that it takes; what is announced to be longer is refused at once.
     """
 
-    def __init__(self, max_length: int = MAX_LENGTH) -> None:
-        self._max_length = max_length
+    def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
         self._input = memoryview(b"")
         self._borrowed = False
         self.state = State.HEAD
         self._scanned = 0
         self._may_skip_blank = True
         self._left = 0
+        self._announced = 0  # bytes of a chunked body so far
         self._extensions = 0
         self._trailer_bytes = 0
         self._trailers: list[tuple[bytes, bytes]] = []
@@ -204,7 +193,7 @@ class Wire:
     # The head
 
     def _head(self) -> Event | None:
-        raw = bytes(self._input[: MAX_HEAD + len(_BLANK_LINE)])
+        raw = bytes(self._input[: self._limits.head_bytes + len(_BLANK_LINE)])
         if self._may_skip_blank and raw.startswith(_CRLF):
             # RFC 9112 section 2.2: one empty line before a request is ignored.
             self._may_skip_blank = False
@@ -216,9 +205,9 @@ class Wire:
             raise Refused(errors.BAD_BYTES)
         if end < 0:
             self._scanned = known
-            _check_partial_head(raw[:known])
+            _check_partial_head(raw[:known], self._limits)
             return Signal.NEED_DATA
-        head = _parse_head(raw[:known])
+        head = _parse_head(raw[:known], self._limits)
         self._take(known)
         self._begin_body(head)
         return head
@@ -227,10 +216,11 @@ class Wire:
         self._trailers = []
         self._trailer_bytes = 0
         self._extensions = 0
+        self._announced = 0
         if head.length is None:
             self.state = State.CHUNK_SIZE
             return
-        if head.length > self._max_length:
+        if head.length > self._limits.body_bytes:
             raise Refused(errors.BODY_TOO_LARGE)
         self._left = head.length
         self.state = State.LENGTH if head.length else State.END
@@ -261,17 +251,18 @@ class Wire:
         return raw[:end]
 
     def _chunk_size(self) -> Event | None:
-        line = self._line(16 + MAX_CHUNK_EXTENSIONS, errors.BAD_CHUNK)
+        line = self._line(16 + self._limits.chunk_extension_bytes, errors.BAD_CHUNK)
         if line is None:
             return Signal.NEED_DATA
         match = _CHUNK_SIZE.fullmatch(line)
         if match is None:
             raise Refused(errors.BAD_CHUNK)
         self._extensions += len(match[2] or b"")
-        if self._extensions > MAX_CHUNK_EXTENSIONS:
+        if self._extensions > self._limits.chunk_extension_bytes:
             raise Refused(errors.BAD_CHUNK)
         self._left = int(match[1], 16)
-        if self._left > self._max_length:
+        self._announced += self._left
+        if self._announced > self._limits.body_bytes:
             raise Refused(errors.BODY_TOO_LARGE)
         self.state = State.CHUNK_DATA if self._left else State.TRAILERS
         return None
@@ -285,7 +276,7 @@ class Wire:
         return None
 
     def _trailer_section(self) -> Event | None:
-        line = self._line(MAX_TRAILERS, errors.TRAILERS_TOO_LARGE)
+        line = self._line(self._limits.trailer_bytes, errors.TRAILERS_TOO_LARGE)
         if line is None:
             return Signal.NEED_DATA
         if line == _CRLF:
@@ -296,7 +287,7 @@ class Wire:
             raise Refused(errors.BAD_CHUNK)
         # A running count: adding up the list for each line would cost a second of CPU for 32 KiB of lines.
         self._trailer_bytes += len(line)
-        if self._trailer_bytes > MAX_TRAILERS:
+        if self._trailer_bytes > self._limits.trailer_bytes:
             raise Refused(errors.TRAILERS_TOO_LARGE)
         self._trailers.append((match[1], match[2]))
         return None
@@ -306,12 +297,13 @@ class Wire:
         return End(self._trailers)
 
 
-def _check_partial_head(raw: bytes) -> None:
+def _check_partial_head(raw: bytes, limits: Limits) -> None:
     """Refuse a head that will be too large, before it is."""
     line_end = raw.find(_CRLF)
-    if line_end < 0 and len(raw) > _MAX_REQUEST_LINE:
+    if line_end < 0 and len(raw) > limits.line_bytes + _REQUEST_LINE_FRAME:
         raise Refused(errors.TARGET_TOO_LONG)
-    if len(raw) > MAX_HEAD or (len(raw) - raw.rfind(_CRLF) > MAX_LINE + len(_CRLF) and line_end >= 0):
+    last_line = len(raw) - raw.rfind(_CRLF) - len(_CRLF) if line_end >= 0 else 0
+    if len(raw) > limits.head_bytes or last_line > limits.line_bytes:
         raise Refused(errors.HEAD_TOO_LARGE)
 
 
@@ -327,7 +319,7 @@ class _Collector:
         self.headers.append((name, value.strip(b" \t")))
 
 
-def _parse_head(raw: bytes) -> Head:
+def _parse_head(raw: bytes, limits: Limits) -> Head:
     """Parse a head that ends in an empty line and has no bad bytes."""
     match = _REQUEST_LINE.match(raw)
     if match is None:
@@ -335,13 +327,13 @@ def _parse_head(raw: bytes) -> Head:
     method, target, version = match.groups()
     if version not in (b"1.1", b"1.0"):
         raise Refused(errors.BAD_VERSION)
-    if len(target) > MAX_LINE or match.end() - len(_CRLF) > _MAX_REQUEST_LINE:
+    if len(target) > limits.line_bytes or match.end() - len(_CRLF) > limits.line_bytes + _REQUEST_LINE_FRAME:
         raise Refused(errors.TARGET_TOO_LONG)
     lines = raw[match.end() : -len(_CRLF)]
-    if len(raw) > MAX_HEAD or any(len(line) > MAX_LINE for line in lines.split(_CRLF)):
+    if len(raw) > limits.head_bytes or any(len(line) > limits.line_bytes for line in lines.split(_CRLF)):
         raise Refused(errors.HEAD_TOO_LARGE)
     count = lines.count(_CRLF)
-    if count > MAX_HEADERS:
+    if count > limits.header_lines:
         raise Refused(errors.HEAD_TOO_LARGE)
     version = b"HTTP/" + version
     collector = _Collector()

@@ -1,0 +1,116 @@
+"""Conditional requests (RFC 9110 section 13): what a client believes of a file, compared with what is there.
+
+They are read from the head once. A store asks :meth:`Conditions.check` before the body, and again in the moment in
+which a name changes hands, from a thread of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NoReturn
+
+from twisted.web.http import stringToDatetime
+from twisted.web.server import Request
+
+from lwstwisted import errors
+from lwstwisted.errors import Refused
+from lwstwisted.interfaces import Found
+
+_ENTITY_TAG = re.compile(rb'[ \t]*(W/)?("[\x21\x23-\x7e\x80-\xff]*")[ \t]*(?:,|$)')
+_READS = (b"GET", b"HEAD")
+
+
+class NotModified(Exception):
+    """The client has what is there already: 304."""
+
+
+class Conditions:
+    """The conditions of one request.
+
+    :param request: only its method and its fields are looked at.
+    :raises Refused: ``BAD_CONDITION`` for a field that means nothing: a client that sends one relies on it.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._is_read = request.method in _READS
+        self._match = _entity_tags(request, b"if-match")
+        self._none_match = _entity_tags(request, b"if-none-match")
+        self._unmodified_since = None if self._match is not None else _date(request, b"if-unmodified-since")
+        self._modified_since = None
+        if self._is_read and self._none_match is None:
+            self._modified_since = _date(request, b"if-modified-since")
+
+    def check(self, found: Found | None) -> None:
+        """Compare, in the order of RFC 9110 section 13.2.2.
+
+        :param found: what has the name at the moment, or None.
+        :raises Refused: ``PRECONDITION_FAILED``.
+        :raises NotModified: if nothing has to be sent.
+        """
+        if self._match is not None and not _matches(self._match, found, is_strong=True):
+            self._fail()
+        if self._unmodified_since is not None and (found is None or int(found.modified) > self._unmodified_since):
+            self._fail()
+        if self._none_match is not None and _matches(self._none_match, found, is_strong=False):
+            if self._is_read:
+                raise NotModified
+            self._fail()
+        if self._modified_since is not None and found is not None and int(found.modified) <= self._modified_since:
+            raise NotModified
+
+    def _fail(self) -> NoReturn:
+        raise Refused(errors.PRECONDITION_FAILED)
+
+
+def is_range_wanted(request: Request, found: Found) -> bool:
+    """Whether a part of the file makes sense to the client (RFC 9110 section 13.1.5: If-Range)."""
+    value = request.getHeader(b"if-range")
+    if value is None:
+        return True
+    if value.strip().startswith((b'"', b"W/")):
+        return value.strip() == found.etag.encode()
+    return _seconds(value) == int(found.modified)
+
+
+def _matches(tags: list[tuple[bool, bytes]], found: Found | None, is_strong: bool) -> bool:
+    if found is None:
+        return False
+    tag = found.etag.encode()
+    return any(value == b"*" or (value == tag and not (is_weak and is_strong)) for is_weak, value in tags)
+
+
+def _entity_tags(request: Request, name: bytes) -> list[tuple[bool, bytes]] | None:
+    """The tags of a field, weak or not; None where it isn't there."""
+    values = request.requestHeaders.getRawHeaders(name)
+    if values is None:
+        return None
+    value = b",".join(values)
+    if value.strip() == b"*":
+        return [(False, b"*")]
+    return list(_each_tag(value))
+
+
+def _each_tag(value: bytes) -> Iterator[tuple[bool, bytes]]:
+    at = 0
+    while at < len(value):
+        match = _ENTITY_TAG.match(value, at)
+        if match is None:
+            raise Refused(errors.BAD_CONDITION)
+        yield match[1] is not None, match[2]
+        at = match.end()
+
+
+def _date(request: Request, name: bytes) -> int | None:
+    """Seconds since the epoch; None where the field isn't there or no date, which RFC 9110 wants ignored."""
+    value = request.getHeader(name)
+    return None if value is None else _seconds(value)
+
+
+def _seconds(value: bytes) -> int | None:
+    try:
+        seconds: int = stringToDatetime(value)
+        return seconds
+    except (ValueError, IndexError):
+        return None
+

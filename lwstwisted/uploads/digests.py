@@ -1,0 +1,78 @@
+"""Integrity fields (RFC 9530): a client says what its bytes hash to, and a file with other bytes never gets a name.
+
+``Content-Digest`` and ``Repr-Digest`` mean the same here: an upload has no content coding and is no part of anything.
+``Content-MD5`` (RFC 1864) is obsolete, and old clients still send it; it is checked, and not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64decode
+from binascii import Error as NotBase64
+from collections.abc import Mapping
+from typing import Any, cast
+
+import http_sf
+from twisted.web.server import Request
+
+from lwstwisted import errors
+from lwstwisted.errors import Refused
+
+ALGORITHMS = {"sha-256": "sha256", "sha-512": "sha512"}
+"""The active algorithms of the registry (RFC 9530 section 5), and what ``hashlib`` calls them."""
+
+_FIELDS = (b"content-digest", b"repr-digest")
+_MD5_SIZE = 16
+
+
+def expected_digests(request: Request) -> dict[str, bytes]:
+    """What the body of a request must hash to: digests by ``hashlib`` name.
+
+    Algorithms that are not :data:`ALGORITHMS` are ignored, as RFC 9530 section 2 allows.
+
+    :raises Refused: ``BAD_DIGEST`` for a field that can't be read, or two that contradict each other.
+    """
+    expected: dict[str, bytes] = {}
+    for field in _FIELDS:
+        for name, digest in _dictionary(request, field).items():
+            if name in ALGORITHMS:
+                if not isinstance(digest, bytes) or len(digest) != hashlib.new(ALGORITHMS[name]).digest_size:
+                    raise Refused(errors.BAD_DIGEST)
+                if expected.setdefault(ALGORITHMS[name], digest) != digest:
+                    raise Refused(errors.BAD_DIGEST)
+    md5 = request.getHeader(b"content-md5")
+    if md5 is not None:
+        try:
+            expected["md5"] = b64decode(md5, validate=True)
+        except NotBase64:
+            raise Refused(errors.BAD_DIGEST) from None
+        if len(expected["md5"]) != _MD5_SIZE:
+            raise Refused(errors.BAD_DIGEST)
+    return expected
+
+
+def _dictionary(request: Request, field: bytes) -> dict[str, object]:
+    values = request.requestHeaders.getRawHeaders(field)
+    if values is None:
+        return {}
+    try:
+        parsed = cast(dict[str, Any], http_sf.parse(b", ".join(values), tltype="dictionary"))
+    except http_sf.StructuredFieldError:
+        raise Refused(errors.BAD_DIGEST) from None
+    return {name: member[0] for name, member in parsed.items()}
+
+
+def repr_digest(request: Request, digests: Mapping[str, bytes]) -> bytes | None:
+    """The value of ``Repr-Digest`` for an answer, if ``request`` wants one that we know.
+
+    :param digests: of the file, by ``hashlib`` name.
+    """
+    try:
+        wanted = _dictionary(request, b"want-repr-digest")
+    except Refused:
+        return None  # a preference, and nothing that the client relies on
+    weights = {name: weight for name, weight in wanted.items() if isinstance(weight, int) and weight > 0}
+    for name in sorted(weights, key=lambda name: -weights[name]):
+        if (digest := digests.get(ALGORITHMS.get(name, ""))) is not None:
+            return http_sf.ser({name: digest}).encode("ascii")
+    return None
