@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed$(HERE)
 INSTALLED_TEST := $(VENV)/.installed-test$(HERE)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick suites lint clean
+.PHONY: help run test quick bench suites lint clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -34,12 +34,17 @@ test: $(INSTALLED_TEST) lint  ## linter, type checks and all tests, by pytest an
 quick: $(INSTALLED_TEST)  ## the fast tests only, up to the first failure
 	$(BIN)/python -m pytest -q -x -m "not slow"
 
-suites: $(INSTALLED_TEST)  ## Twisted's own suites on its reactors and on ours (five minutes)
+bench: $(INSTALLED_TEST)  ## what the loop costs, beside stock Twisted and a loop in C (six minutes)
+	$(BIN)/python -m bench.paused
+	$(BIN)/python -m bench.echo
+	$(BIN)/python -m bench.sink
+
+suites: $(INSTALLED_TEST)  ## Twisted's own suites on its reactors and on ours (six minutes)
 	$(BIN)/python -m tests.suites
 
 lint: $(INSTALLED_TEST)  ## linter and type checks
 	$(BIN)/ruff check .
-	$(BIN)/mypy lwstwisted twisted/plugins/lwstwisted_plugin.py
+	$(BIN)/mypy lwstwisted twisted/plugins/lwstwisted_plugin.py examples
 
 clean:  ## remove all that was made, but no uploads
 	rm -rf $(VENV) build dist *.egg-info _trial_temp* .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -36,6 +36,13 @@ class IPendingReads(Interface):
     def removePending(reader):
         """Forget ``reader``, pending or parked; nothing happens where it is neither."""
 
+    def servicePending(reader):
+        """Give ``reader`` its turn, if it is still pending.
+
+        For a loop whose ``fake_pollin`` promised it, in the reactor's thread and behind its poll. What ``doRead()``
+        returns or raises disconnects the reader, as after an event of the kernel.
+        """
+
     def statistics():
         """What happened so far and what is held now, as :class:`LoopStatistics`."""
 

@@ -1,4 +1,4 @@
-"""Uploads whose records leave plaintext behind, on every loop, as ``reactor.run()`` runs it.
+"""Uploads whose records leave plaintext behind, on every loop, as ``reactor.run()`` runs it, from another thread.
 
 The corpus of record layouts is the one that strands a reader which takes N bytes a turn: all records lie in
 the kernel before the first of them is read, and then the client is silent. Nothing the kernel has to say can
@@ -23,16 +23,20 @@ from twisted.protocols.tls import BufferingTLSTransport
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from lwstwisted.interfaces import IFakePollin, IPendingReads
+from lwstwisted.interfaces import IPendingReads
 from lwstwisted.loop.foreign import LwsAsyncioReactor
-from lwstwisted.loop.pending import pending_reads
 from lwstwisted.loop.reactor import LwsPollReactor, LwsReactor, LwsSelectReactor
-from lwstwisted.loop.tls import TLSTransport, find_ssl_read, has_transport_names
+from lwstwisted.loop.tls import TLSTransport, find_binding, has_transport_names
 from tests.tls_peer import (
+    CORPUS,
     DEADLINE,
+    HANGING,
     VERSIONS,
     ListeningSink,
+    N,
+    OwnQueue,
     Peer,
+    RefusingHook,
     Sink,
     SinkFactory,
     StockTransport,
@@ -43,22 +47,6 @@ from tests.tls_peer import (
     listen_on_stock_port,
     pattern,
 )
-
-N = 4096
-"""Plaintext bytes that a reader takes in one turn."""
-
-CORPUS: dict[str, list[int]] = {
-    "N": [N],
-    "N+1": [N + 1],
-    "2N": [2 * N],
-    "16384": [16384],
-    "16384, N+1": [16384, N + 1],
-    "16384, 1": [16384, 1],
-    "20 x N": 20 * [N],
-}
-
-HANGING = [name for name in CORPUS if name != "N"]
-"""[N] ends exactly where the first turn does: nothing is left behind, and it completes on any loop."""
 
 
 @implementer(IPendingReads)
@@ -80,38 +68,6 @@ class WithoutList(LwsReactor):
 
     def addPending(self, reader: IReadDescriptor) -> None:
         pass
-
-
-class RefusingHook(LwsReactor):
-    """A loop whose hook says that it will not do it."""
-
-    asked = 0
-
-    def fake_pollin(self, readers: list[IReadDescriptor]) -> bool:
-        self.asked += 1
-        return False
-
-
-@implementer(IFakePollin)
-class OwnQueue(EPollReactor):
-    """A loop of somebody's own, with a queue of its own behind the hook."""
-
-    asked = 0
-
-    def __init__(self) -> None:
-        self.queue: list[IReadDescriptor] = []
-        super().__init__()
-
-    def fake_pollin(self, readers: list[IReadDescriptor]) -> bool:
-        self.asked += 1
-        self.queue += readers
-        return True
-
-    def doIteration(self, timeout: float | None) -> None:
-        queue, self.queue = self.queue, []
-        self.doPoll(0 if queue else timeout)
-        for reader in queue:
-            pending_reads(self).service(reader)  # type: ignore[attr-defined]
 
 
 class Exchange:
@@ -279,24 +235,10 @@ class LwsReactorViewTests(Completes, SynchronousTestCase):
     kind = ViewSink
 
 
-class LwsReactorStockPortTests(Completes, SynchronousTestCase):
-    """Row 2 on our reactor, beneath a port of Twisted's own."""
-
-    make_reactor = LwsReactor
-    listen = staticmethod(listen_on_stock_port)
-
-
 class EPollReactorTests(Completes, SynchronousTestCase):
     """Row 2 on a stock epoll reactor: the default path."""
 
     make_reactor = EPollReactor
-
-
-class EPollReactorStockPortTests(Completes, SynchronousTestCase):
-    """Row 2 on a stock epoll reactor and a stock port: the whole default path."""
-
-    make_reactor = EPollReactor
-    listen = staticmethod(listen_on_stock_port)
 
 
 class PollReactorTests(Completes, SynchronousTestCase):
@@ -380,11 +322,11 @@ class PublicCallsTests(Completes, SynchronousTestCase):
 
     def test_no_binding_is_found(self) -> None:
         """On another pyOpenSSL, whose private names went away, we know it before it is called."""
-        self.assertIsNone(find_ssl_read(ModuleType("SSL")))
+        self.assertIsNone(find_binding(ModuleType("SSL")))
 
         other = ModuleType("SSL")
         other._lib = ModuleType("lib")  # type: ignore[attr-defined]
-        self.assertIsNone(find_ssl_read(other))
+        self.assertIsNone(find_binding(other))
 
 
 class StockTransportTests(SynchronousTestCase):
@@ -403,29 +345,6 @@ class StockTransportTests(SynchronousTestCase):
                 assert exchange.sink is not None
                 self.assertNotIsInstance(exchange.sink.tls, TLSTransport)
                 self.assertEqual(bytes(exchange.sink.data), exchange.data, name)
-
-
-class TrainTests(SynchronousTestCase):
-    """Row 7: the list stays armed while work remains after a bounded slice."""
-
-    def complete(self, reactor: Any, listen: Any, version: ssl.TLSVersion) -> None:
-        exchange = Exchange(reactor, listen, version, 64 * [16384], held=False).run()
-        assert exchange.sink is not None
-        self.assertEqual(bytes(exchange.sink.data), exchange.data)
-        self.assertLessEqual(max(exchange.sink.deliveries), N)
-        # One turn for each slice, and at worst two more for each record: one that finds a part of it only.
-        self.assertLessEqual(exchange.turns, len(exchange.data) // N + 2 * 64 + 6)
-
-    def test_our_reactor(self) -> None:
-        """1 MiB in one train of records, taken in slices of 4 KiB, then silence."""
-        for version in VERSIONS:
-            self.complete(LwsReactor(), listen_on_our_port, version)
-
-    def test_stock_reactor(self) -> None:
-        """The same by the default path."""
-        for version in VERSIONS:
-            self.complete(EPollReactor(), listen_on_our_port, version)
-            self.complete(EPollReactor(), listen_on_stock_port, version)
 
 
 class HangsWithoutTheListTests(SynchronousTestCase):

@@ -120,7 +120,7 @@ class DefaultPathTests(SynchronousTestCase):
         self.pending.addPending(reader)
         self.pending.removePending(reader)
         self.turn()
-        self.pending.service(reader)
+        self.pending.servicePending(reader)
         self.assertEqual(reader.turns, 0)
 
     def test_removed_by_an_earlier_one(self) -> None:
@@ -232,8 +232,8 @@ class HookTests(SynchronousTestCase):
         reactor.advance(0)
         self.assertEqual((first.turns, second.turns), (0, 0))
         for reader in (first, second):
-            pending.service(reader)
-            pending.service(reader)
+            pending.servicePending(reader)
+            pending.servicePending(reader)
         self.assertEqual((first.turns, second.turns), (1, 1))
 
     def test_ignored_for_a_while(self) -> None:
@@ -244,7 +244,7 @@ class HookTests(SynchronousTestCase):
         pending.addPending(reader)
         reactor.advance(1)
         self.assertIn(reader, pending)
-        pending.service(reader)
+        pending.servicePending(reader)
         self.assertEqual(reader.turns, 1)
 
     def test_answer_is_used(self) -> None:
@@ -268,7 +268,7 @@ class HookTests(SynchronousTestCase):
         pending.addPending(refused)
         reactor.advance(0)
         self.assertEqual(refused.turns, 1)
-        pending.service(taken)
+        pending.servicePending(taken)
         self.assertEqual(taken.turns, 1)
 
 

@@ -8,10 +8,8 @@ import struct
 import unittest
 from typing import Any
 
-from twisted.internet.interfaces import ISystemHandle
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
-from zope.interface import implementer
 
 from lwstwisted.loop import presence
 from lwstwisted.loop.presence import LOOK_INTERVAL, PROBE_IDLE, PROBE_INTERVAL, PROBES, PeerWatch
@@ -26,17 +24,6 @@ def reset(connection: socket.socket) -> None:
     """End a connection by a RST."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
-
-
-@implementer(ISystemHandle)
-class Descriptor:
-    """A transport with a socket."""
-
-    def __init__(self, handle: object) -> None:
-        self.handle = handle
-
-    def getHandle(self) -> object:
-        return self.handle
 
 
 class WatchTests(SynchronousTestCase):
@@ -55,7 +42,7 @@ class WatchTests(SynchronousTestCase):
         self.watch = self.watch_of(self.near)
 
     def watch_of(self, handle: object) -> PeerWatch:
-        return PeerWatch(self.clock, Descriptor(handle), lambda: self.is_paused, self.note)
+        return PeerWatch(self.clock, handle, lambda: self.is_paused, self.note)
 
     def note(self) -> None:
         self.gone += 1
@@ -70,10 +57,27 @@ class WatchTests(SynchronousTestCase):
 
     def test_not_between_the_looks(self) -> None:
         """A short pause costs no look."""
-        self.watch.start()
-        reset(self.far)
-        self.clock.advance(LOOK_INTERVAL - 1)
-        self.assertEqual(self.gone, 0)
+        for at in (0, 1.3, 4.9):
+            self.clock.rightNow = 1000 + at
+            self.watch.start()
+            before = self.probing()
+            self.clock.advance(LOOK_INTERVAL / 2 - 0.1)
+            self.assertEqual(self.probing(), before)
+            self.assertEqual(len(self.clock.getDelayedCalls()), 1)
+            self.watch.stop()
+            self.watch = self.watch_of(self.near)
+
+    def test_together(self) -> None:
+        """However many connections are paused, and whenever that was, all are looked at in one turn."""
+        pairs = [socket.socketpair() for _ in range(20)]
+        for near, far in pairs:
+            self.addCleanup(near.close)
+            self.addCleanup(far.close)
+            self.watch_of(near).start()
+            self.clock.advance(0.2)
+        self.assertEqual({call.getTime() for call in self.clock.getDelayedCalls()}, {LOOK_INTERVAL})
+        self.clock.pump([LOOK_INTERVAL] * 10)
+        self.assertEqual(len({call.getTime() for call in self.clock.getDelayedCalls()}), 1)
 
     def test_every_look(self) -> None:
         """A pause may be long: the peer may leave at any time of it."""
@@ -119,7 +123,7 @@ class WatchTests(SynchronousTestCase):
     def test_without_a_socket(self) -> None:
         """A transport above another one has no socket of its own; whoever has it looks."""
         self.watch_of(object()).start()
-        PeerWatch(self.clock, object(), lambda: True, self.note).start()
+        self.watch_of(None).start()
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_unix_socket(self) -> None:

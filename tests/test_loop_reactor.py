@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import uvloop
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.epollreactor import EPollReactor
@@ -22,7 +23,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from lwstwisted.interfaces import IFakePollin, IPendingReads
-from lwstwisted.loop.reactor import LwsReactor, MergingReactor
+from lwstwisted.loop.foreign import CountingEventLoop, LwsAsyncioReactor
+from lwstwisted.loop.reactor import LwsPollReactor, LwsReactor, LwsSelectReactor, MergingReactor
 from lwstwisted.loop.tls import READ_BUDGET, TLSPort, TLSTransport
 from tests.tls_peer import (
     DEADLINE,
@@ -354,3 +356,47 @@ except ValueError:
 """
         for loop in ("uvloop", "asyncio"):
             self.run_script(script, LWSTWISTED_EVENT_LOOP=loop)
+
+
+class ShortTimerTests(SynchronousTestCase):
+    """Row 24: what is less than the unit of a wait is rounded up, and not spun through."""
+
+    DELAYS = (0.0004, 0.0014, 0.0109)
+
+    def test_loops_that_poll(self) -> None:
+        """A timer of a fraction of a millisecond is one wait, and at most one more."""
+        for kind in (LwsReactor, LwsPollReactor, LwsSelectReactor):
+            reactor = kind()
+            loop = Loop(reactor)
+            for delay in self.DELAYS:
+                over: list[bool] = []
+                reactor.callLater(delay, over.append, True)
+                self.assertLessEqual(loop.until(lambda over=over: over), 3, (kind, delay))
+            discard(reactor)
+
+    def test_loops_that_drive_themselves(self) -> None:
+        """The timers are looked at once or twice."""
+        for new_loop in (CountingEventLoop, uvloop.new_event_loop):
+            for delay in self.DELAYS:
+                self.assertLessEqual(self.looks(new_loop(), delay), 2, (new_loop, delay))
+
+    def looks(self, loop: Any, delay: float) -> int:
+        reactor = LwsAsyncioReactor(loop)
+        looks: list[bool] = []
+        run = reactor.runUntilCurrent
+
+        def counted() -> None:
+            looks.append(True)
+            run()
+
+        reactor.runUntilCurrent = counted  # type: ignore[method-assign]
+
+        def begin() -> None:
+            looks.clear()
+            reactor.callLater(delay, loop.stop)
+
+        reactor.callLater(0, begin)
+        loop.run_forever()
+        discard(reactor)
+        loop.close()
+        return len(looks)

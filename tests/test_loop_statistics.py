@@ -11,6 +11,7 @@ import uvloop
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionLost
 from twisted.internet.posixbase import PosixReactorBase
+from twisted.internet.tcp import Connection
 from twisted.logger import globalLogPublisher
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
@@ -21,7 +22,21 @@ from lwstwisted.loop import foreign, reactor
 from lwstwisted.loop.foreign import LwsAsyncioReactor
 from lwstwisted.loop.pending import PendingReads, pending_reads
 from lwstwisted.loop.reactor import LwsPollReactor, LwsReactor, LwsSelectReactor, MergingReactor
-from tests.tls_peer import SinkFactory, Talk, cut, discard, listen_on_our_port, listen_on_stock_port, pattern
+from lwstwisted.loop.tls import CIPHERTEXT_READ, DELIVERY, READ_BUDGET
+from tests.tls_peer import (
+    MAX_RECORD,
+    VERSIONS,
+    ListeningSink,
+    Sink,
+    SinkFactory,
+    Talk,
+    ViewSink,
+    cut,
+    discard,
+    listen_on_our_port,
+    listen_on_stock_port,
+    pattern,
+)
 
 N = 4096
 """Plaintext bytes that a reader takes in one turn."""
@@ -242,6 +257,43 @@ class CountTests(SynchronousTestCase):
             ours.addPending(CountedReader(ours, loop.stop))  # type: ignore[arg-type]
             loop.run_forever()
             self.assertEqual(ours.statistics().synthesised_reads, 5)
+
+
+class FullSpeedTests(SynchronousTestCase):
+    """What an upload at full speed costs, in turns and deliveries."""
+
+    SIZE = 45 * MAX_RECORD
+    READS = -(-45 * (MAX_RECORD + 22) // CIPHERTEXT_READ)  # RFC 8446 section 5.2: header, type and tag are 22 bytes
+
+    def upload(self, kind: type[Sink]) -> tuple[list[int], int]:
+        """Have everything arrive before the first byte is read, and then read it. Returns deliveries and turns."""
+        with Talk(LwsReactor(), listen_on_our_port, VERSIONS[1], SinkFactory(kind=kind), budget=READ_BUDGET) as talk:
+            data = pattern(self.SIZE)
+            talk.arrive(talk.peer.seal(*cut(data, 45 * [MAX_RECORD])))
+            talk.sink.resume()
+            turns = talk.loop.until(lambda: len(talk.sink.data) == self.SIZE)
+            self.assertEqual(bytes(talk.sink.data), data)
+            self.assertEqual(talk.sink.violations, [])
+            self.assertEqual(talk.reactor.statistics().synthesised_reads, 0)
+            # But for the one in which the end of the pause made it look for something left.
+            return talk.sink.deliveries, turns - 1
+
+    def test_views(self) -> None:
+        """Each read of the socket is one turn and one delivery; none is spent on finding that nothing is left."""
+        deliveries, turns = self.upload(ViewSink)
+        self.assertEqual(len(deliveries), turns)
+        self.assertEqual(turns, self.READS)
+
+    def test_bytes(self) -> None:
+        """Blocks of memory stay so small that the allocator reuses them; that costs deliveries, and no turns."""
+        deliveries, turns = self.upload(ListeningSink)
+        self.assertEqual(max(deliveries), DELIVERY)
+        self.assertLess(DELIVERY, 128 * 1024)
+        self.assertEqual(turns, self.READS)
+
+    def test_startTLS_delivers_at_once(self) -> None:
+        """What one read of a stock transport brings is one delivery, as its pause is told to nobody but the socket."""
+        self.assertGreaterEqual(DELIVERY, Connection.bufferSize + MAX_RECORD)
 
 
 class WhyTests(SynchronousTestCase):

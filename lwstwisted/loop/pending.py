@@ -22,7 +22,7 @@ bring a callback for it.
 
 **The hook.** A loop that drives itself may provide
 :class:`~lwstwisted.interfaces.IFakePollin`: ``fake_pollin(readers)`` returns True when it will run
-:meth:`PendingReads.service` for each of them in its next turn. Without the hook, or when it returns
+:meth:`PendingReads.servicePending` for each of them in its next turn. Without the hook, or when it returns
 False, the default path is ``callLater(0, …)``. There is this one copy of the logic for both.
 
 **The price** is one turn of the loop for each budget used up. **The road not taken**: delivering all
@@ -88,11 +88,8 @@ class PendingReads:
         """What this list has done and holds, beside what its loop says of its turns."""
         return LoopStatistics(turns, longest_turn, self._synthesised, len(self._marked), len(self._parked))
 
-    def service(self, reader: IReadDescriptor) -> None:
-        """Give ``reader`` its turn, if it is still marked; a loop calls this from its own turn.
-
-        What ``doRead`` returns or raises disconnects the reader, as a real event would.
-        """
+    def servicePending(self, reader: IReadDescriptor) -> None:
+        """See :class:`~lwstwisted.interfaces.IPendingReads`."""
         if reader in self._marked:
             del self._marked[reader]
             self._synthesised += 1
@@ -122,7 +119,7 @@ class PendingReads:
         # marked anew, and scheduled anew: it waits for the others and for the kernel's events.
         self._scheduled = False
         for reader in list(self._marked):
-            self.service(reader)
+            self.servicePending(reader)
 
 
 _default_lists: WeakKeyDictionary[Any, PendingReads] = WeakKeyDictionary()

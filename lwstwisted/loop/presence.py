@@ -17,10 +17,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.interfaces import ISystemHandle
-
 LOOK_INTERVAL = 10.0
-"""Seconds between two looks. Most pauses are shorter than the first: a look is for a store that hangs."""
+"""Seconds between two looks; the first comes after half of that at the earliest. Most pauses are shorter: a look is
+for a store that hangs."""
 PROBE_IDLE = 20
 """Seconds of silence until the kernel's first probe, counted from the first look at the earliest."""
 PROBE_INTERVAL = 10
@@ -34,17 +33,16 @@ class PeerWatch:
     """Looks at the socket of one connection while it is paused.
 
     :param reactor: for its timer.
-    :param transport: what owns the socket; nothing is watched where it has none of its own.
+    :param watched: its socket; nothing is watched where it isn't one.
     :param is_paused: whether it is.
     :param gone: called once when the peer has left for good.
     """
 
     def __init__(
-        self, reactor: Any, transport: Any, is_paused: Callable[[], bool], gone: Callable[[], object]
+        self, reactor: Any, watched: object, is_paused: Callable[[], bool], gone: Callable[[], object]
     ) -> None:
         self._reactor = reactor
-        handle = transport.getHandle() if ISystemHandle.providedBy(transport) else None
-        self._socket = handle if isinstance(handle, socket.socket) else None
+        self._socket = watched if isinstance(watched, socket.socket) else None
         self._is_paused = is_paused
         self._gone = gone
         self._next_look: Any = None
@@ -53,7 +51,10 @@ class PeerWatch:
     def start(self) -> None:
         """A pause begins. Nothing has to be said of its end: a timer that is under way costs no further one."""
         if self._next_look is None and self._socket is not None:
-            self._next_look = self._reactor.callLater(LOOK_INTERVAL, self._look, self._socket)
+            # At full steps of the clock, so that the looks at a thousand connections are one turn of the loop.
+            step = LOOK_INTERVAL / 2
+            delay = LOOK_INTERVAL - self._reactor.seconds() % step
+            self._next_look = self._reactor.callLater(delay, self._look, self._socket)
 
     def stop(self) -> None:
         """The connection is over."""
@@ -69,13 +70,18 @@ class PeerWatch:
         if not self._is_probing:
             self._is_probing = True
             probe(watched)
-        poller = select.poll()
-        poller.register(watched, 0)  # POLLHUP and POLLERR need not be asked for
-        if poller.poll(0):
+        if has_failed(watched.fileno()):
             self.stop()
             self._gone()
         else:
             self.start()
+
+
+def has_failed(fd: int) -> bool:
+    """Whether a descriptor has an error or has hung up, without reading from it."""
+    poller = select.poll()
+    poller.register(fd, 0)  # POLLHUP and POLLERR need not be asked for
+    return bool(poller.poll(0))
 
 
 def probe(watched: socket.socket) -> None:

@@ -10,6 +10,7 @@ who sets the time forward by an hour fires every timeout at once.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Self
 
@@ -67,6 +68,10 @@ class PendingReadsReactor:
         """See :class:`~lwstwisted.interfaces.IPendingReads`."""
         self._pending.removePending(reader)
 
+    def servicePending(self, reader: IReadDescriptor) -> None:
+        """See :class:`~lwstwisted.interfaces.IPendingReads`."""
+        self._pending.servicePending(reader)
+
     def statistics(self) -> LoopStatistics:
         """What this reactor has done so far, and what it holds now: for a look at it, and for metrics."""
         return self._pending.statistics()
@@ -94,7 +99,7 @@ class PendingReadsReactor:
         for reader in faked:
             # Queued again: it had its turn by the kernel's word, and is still pending.
             if reader not in self._faked:
-                self._pending.service(reader)
+                self._pending.servicePending(reader)
 
 
 class MergingReactor(PendingReadsReactor):
@@ -146,6 +151,10 @@ class LwsReactor(MergingReactor, BestReactor):
 
 class LwsPollReactor(MergingReactor, PollReactor):
     """The reactor behind ``--reactor=lws-poll``."""
+
+    def doIteration(self, timeout: float | None) -> None:
+        """See :class:`MergingReactor`. Stock rounds down to the milliseconds of poll(2), and spins through the rest."""
+        super().doIteration(timeout and math.ceil(timeout * 1000) / 1000)
 
 
 class LwsSelectReactor(MergingReactor, SelectReactor):

@@ -29,6 +29,7 @@ plaintext were not there, is the hang that this project is about.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from OpenSSL import SSL
@@ -46,11 +47,18 @@ from lwstwisted.loop.pending import pending_reads
 from lwstwisted.loop.presence import PeerWatch
 
 READ_BUDGET = 256 * 1024
-"""Plaintext bytes of one connection in one turn. Above this no CPU is gained; below, latency beside
-busy uploads falls: an echo next to four of them waited 11 ms with 1 MiB, 2-3 ms with this, 0.7 ms with 64 KiB."""
+"""Plaintext bytes of one connection in one turn: what other connections wait for."""
 
-CIPHERTEXT_READ = 256 * 1024
-"""Ciphertext bytes of one read of the socket: one system call for sixteen records."""
+CIPHERTEXT_READ = READ_BUDGET - 16 * 1024
+"""Ciphertext bytes of one read of the socket: one system call for fifteen records. With the rest of a record that was
+cut by the read before, they decrypt to less than the budget. If they filled it, each read would cost a second turn,
+only to find out that nothing is left."""
+
+DELIVERY = 96 * 1024
+"""Plaintext bytes of one ``dataReceived``, at most. glibc maps a block of 128 KiB or more anew each time (mallopt(3),
+M_MMAP_THRESHOLD), and each of its pages is then faulted in. Behind startTLS an application pauses the socket and not
+us: what one read of a stock transport brings (64 KiB, and the rest of a record) is delivered at once, so that nothing
+is left that would come after the pause."""
 
 SEND_READ = 64 * 1024
 """Ciphertext bytes taken out of the sending BIO at once: four records and their frames."""
@@ -75,19 +83,47 @@ def has_transport_names(base: type) -> bool:
     return all(hasattr(base, name) for name in _TRANSPORT_NAMES)
 
 
-def find_ssl_read(module: Any) -> tuple[Any, Any] | None:
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Calls beneath pyOpenSSL: its own make an exception of what is usual, and a new block of memory for each call.
+
+    :ivar from_buffer: cffi's.
+    :ivar ssl_read: OpenSSL's ``SSL_read``.
+    :ivar get_error: ``SSL_get_error``.
+    :ivar want_read: ``SSL_ERROR_WANT_READ``.
+    :ivar bio_read: ``BIO_read``.
+    """
+
+    from_buffer: Any
+    ssl_read: Any
+    get_error: Any
+    want_read: int
+    bio_read: Any
+
+
+def find_binding(module: Any) -> Binding | None:
     """Look for the binding beneath pyOpenSSL.
 
     :param module: ``OpenSSL.SSL``.
-    :returns: OpenSSL's ``SSL_read`` and cffi's ``from_buffer``, or None.
+    :returns: None where one of the names is missing.
     """
     try:
-        return module._lib.SSL_read, module._ffi.from_buffer
+        library = module._lib
+        return Binding(
+            module._ffi.from_buffer,
+            library.SSL_read,
+            library.SSL_get_error,
+            library.SSL_ERROR_WANT_READ,
+            library.BIO_read,
+        )
     except AttributeError:
         return None
 
 
-_binding = find_ssl_read(SSL)
+_binding = find_binding(SSL)
+
+_WANT_READ = SSL.WantReadError()
+# One for all connections: it is looked at and never raised.
 
 # -------------------------------------------------------------------------------------------------
 
@@ -99,16 +135,16 @@ class PlaintextBuffer:
     costs a page fault for every 4 KiB of it.
 
     :param size: bytes.
-    :param binding: what :func:`find_ssl_read` found.
+    :param binding: what :func:`find_binding` found.
     """
 
-    def __init__(self, size: int, binding: tuple[Any, Any] | None) -> None:
+    def __init__(self, size: int, binding: Binding | None) -> None:
         memory = bytearray(size)
         self.view = memoryview(memory)
         self.fill: Callable[[SSL.Connection, int], tuple[int, SSL.Error | None]] = self._fill_by_recv
         if binding is not None:
-            self._ssl_read = binding[0]
-            self._memory = binding[1](memory)
+            self._ssl_read, self._get_error, self._want_read = binding.ssl_read, binding.get_error, binding.want_read
+            self._memory = binding.from_buffer(memory)
             self.fill = self._fill_by_binding
 
     def _fill_by_binding(self, connection: SSL.Connection, limit: int) -> tuple[int, SSL.Error | None]:
@@ -126,7 +162,10 @@ class PlaintextBuffer:
         while count < limit:
             got = read(ssl, self._memory + count, limit - count)
             if got <= 0:
-                # The public call meets the same condition, and knows its name.
+                # The usual end costs no exception. For any other the public call meets the same condition, and
+                # knows its name. (Errors that somebody left in OpenSSL's queue give another answer, too.)
+                if self._get_error(ssl, got) == self._want_read:
+                    return count, _WANT_READ
                 return self._fill_by_recv(connection, limit, count)
             count += got
         return count, None
@@ -144,26 +183,39 @@ class PlaintextBuffer:
         return count, None
 
 
-class PlaintextBuffers:
-    """Buffers that connections take turns with.
+class Buffers:
+    """Memory that all connections take turns with.
 
-    :param binding: what :func:`find_ssl_read` found.
+    :param binding: what :func:`find_binding` found.
     """
 
-    def __init__(self, binding: tuple[Any, Any] | None) -> None:
+    def __init__(self, binding: Binding | None) -> None:
         self._binding = binding
         self._spare: list[PlaintextBuffer] = []
+        self._output = memoryview(bytearray(SEND_READ))
+        self._output_memory = None if binding is None else binding.from_buffer(self._output)
 
     def borrow(self) -> PlaintextBuffer:
-        """Take one: the spare one, or a new one where a delivery leads to another delivery."""
+        """Take one for plaintext: the spare one, or a new one where a delivery leads to another delivery."""
         return self._spare.pop() if self._spare else PlaintextBuffer(READ_BUDGET, self._binding)
 
     def give_back(self, buffer: PlaintextBuffer) -> None:
         """Leave it to the next connection."""
         self._spare.append(buffer)
 
+    def output(self, connection: SSL.Connection) -> bytes:
+        """Ciphertext that is to be sent, at most :data:`SEND_READ` bytes; none where there is none left."""
+        bio = getattr(connection, "_from_ssl", None)
+        if self._binding is not None and bio is not None:
+            count = self._binding.bio_read(bio, self._output_memory, SEND_READ)
+            return bytes(self._output[:count]) if count > 0 else b""
+        try:
+            return connection.bio_read(SEND_READ)
+        except SSL.WantReadError:
+            return b""
 
-_buffers = PlaintextBuffers(_binding)
+
+_buffers = Buffers(_binding)
 
 
 def _reactor_below(transport: Any) -> Any:
@@ -199,7 +251,9 @@ class TLSTransport(BufferingTLSTransport):
         self._pending = pending_reads(reactor)
         self._reader: Any = transport if isinstance(transport, TLSServer) else self
         self._takes_views = IBufferReceiver.providedBy(self.wrappedProtocol)
-        self._watch = PeerWatch(reactor, transport, lambda: self._paused, self._peer_has_gone)
+        # Not getHandle(): behind startTLS that is ours already, and asks for the connection that is being made.
+        below = getattr(transport, "socket", None)
+        self._watch = PeerWatch(reactor, below, lambda: self._paused, self._peer_has_gone)
         super().makeConnection(transport)  # type: ignore[no-untyped-call]
         self._settle()
 
@@ -298,19 +352,22 @@ class TLSTransport(BufferingTLSTransport):
 
     def _take_out(self, buffer: PlaintextBuffer) -> bool:
         """Deliver plaintext. Returns whether some may be left."""
-        limit = min(self._budget, len(buffer.view))
+        left = self._budget
+        at_once = len(buffer.view) if self._takes_views else DELIVERY
         while not (self._lostTLSConnection or self._aborted or self._broken):
             if self._holds_back():
                 return True
-            count, stopped = buffer.fill(self._connection(), limit)
+            count, stopped = buffer.fill(self._connection(), min(left, at_once))
             if count:
                 self._deliver(buffer.view[:count])
             if self._lostTLSConnection or self._aborted or isinstance(stopped, SSL.WantReadError):
                 return False
             if stopped is None:
-                if self._ending:
-                    continue
-                return True
+                if not self._ending:
+                    left -= count
+                    if not left:
+                        return True
+                continue
             if self._holds_back():
                 # The end of the stream waits behind the pause; the next read meets it again.
                 return True
@@ -365,17 +422,13 @@ class TLSTransport(BufferingTLSTransport):
             self._delivering = False
 
     def _flushSendBIO(self) -> None:
+        if self._ending:
+            return  # the transport below ended inside a call that is only now on its way back
         # All of it: stock takes 32 KiB at most, and what is left waits for the next event.
         connection = self._connection()
-        sent = SEND_READ
-        while sent == SEND_READ:
-            try:
-                data = connection.bio_read(SEND_READ)
-            except SSL.WantReadError:
-                return
+        while data := self._buffers.output(connection):
             assert self.transport is not None
             self.transport.write(data)
-            sent = len(data)
 
     def _settle(self) -> None:
         """Let the transport below read, or not."""
@@ -403,7 +456,7 @@ class TLSFactory(TLSMemoryBIOFactory):
     :param reactor: for the writes that are gathered.
     :param budget: plaintext bytes of one connection in one turn, at most :data:`READ_BUDGET`.
     :param base: the stock transport; a test's way to one without the names that we need.
-    :param binding: what :func:`find_ssl_read` found; None for the public calls only.
+    :param binding: what :func:`find_binding` found; None for the public calls only.
     """
 
     def __init__(
@@ -414,12 +467,12 @@ class TLSFactory(TLSMemoryBIOFactory):
         reactor: Any,
         budget: int = READ_BUDGET,
         base: type[TLSMemoryBIOProtocol] = BufferingTLSTransport,
-        binding: tuple[Any, Any] | None = _binding,
+        binding: Binding | None = _binding,
     ) -> None:
         super().__init__(context_factory, is_client, wrapped, clock=reactor)
         self.protocol = TLSTransport if has_transport_names(base) else base
         self.budget = budget
-        self.buffers = _buffers if binding is _binding else PlaintextBuffers(binding)
+        self.buffers = _buffers if binding is _binding else Buffers(binding)
 
 
 def make_default() -> None:

@@ -89,7 +89,7 @@ class StreamingChannel(Protocol):
     def connectionMade(self) -> None:
         """See ``Protocol``."""
         self._below = cast(Any, self.transport)
-        # Asked for by each request, also by one that is delivered when the socket is gone.
+        # Asked for by each request, also when the socket is gone.
         self._peer, self._host = self._below.getPeer(), self._below.getHost()
         self._limits = self.factory.limits
         self._wire = Wire(self._limits)
@@ -99,13 +99,13 @@ class StreamingChannel(Protocol):
         self._body: RequestBody | None = None
         self._is_streaming = False
         self._found: tuple[Any, Any, Any] = (None, None, None)  # resource, prepath, postpath
-        self._head_began = False
+        self._head_began = self._pumping = False
         self._keep_alive = True
-        self._pumping = False
         self._is_ended = False  # the client has ended its side
         self._valve = Valve(self._pause_below, self._below.resumeProducing)
         clock = self.factory.reactor
-        self._watch = PeerWatch(clock, self._below, lambda: not self._valve.is_open, self.forceAbortClient)
+        watched = getattr(self._below, "socket", None)
+        self._watch = PeerWatch(clock, watched, lambda: not self._valve.is_open, self.forceAbortClient)
         self._deadline = Deadline(clock)
         self._rate: MinimumRate | None = None
         self._is_shaking = ISSLTransport.providedBy(self._below)
