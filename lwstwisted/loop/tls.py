@@ -426,9 +426,13 @@ class TLSTransport(BufferingTLSTransport):
             return  # the transport below ended inside a call that is only now on its way back
         # All of it: stock takes 32 KiB at most, and what is left waits for the next event.
         connection = self._connection()
-        while data := self._buffers.output(connection):
-            assert self.transport is not None
-            self.transport.write(data)
+        sent = SEND_READ
+        while sent == SEND_READ:
+            data = self._buffers.output(connection)
+            sent = len(data)
+            if data:
+                assert self.transport is not None
+                self.transport.write(data)
 
     def _settle(self) -> None:
         """Let the transport below read, or not."""
