@@ -19,6 +19,7 @@ from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionLost, ReactorNotRunning
 from twisted.internet.interfaces import IReactorSSL
 from twisted.internet.main import CONNECTION_LOST
+from twisted.internet.protocol import DatagramProtocol
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
@@ -211,6 +212,51 @@ class TurnTests(SynchronousTestCase):
         self.assertLessEqual(self.loop.until(lambda: over), 3)
 
 
+class PromiseTests(SynchronousTestCase):
+    """A reader that was noted gets its turn, whatever happens in between."""
+
+    def setUp(self) -> None:
+        self.reactor = RecordingReactor()
+        self.addCleanup(discard, self.reactor)
+        self.loop = Loop(self.reactor)
+        self.reactor.events.clear()
+
+    def reader(self, name: str, then: Callable[[], object] = lambda: None) -> Reader:
+        reader = Reader(self.reactor, name, then)
+        self.addCleanup(lambda: reader.lost or reader.connectionLost(None))
+        return reader
+
+    def test_the_wait_raises(self) -> None:
+        """A signal handler that raises in the wait costs nobody the turn."""
+        quiet = self.reader("quiet")
+        self.reactor.addPending(quiet)
+
+        def interrupted(timeout: float) -> None:
+            del self.reactor.doPoll
+            raise KeyboardInterrupt
+
+        self.reactor.doPoll = interrupted  # type: ignore[method-assign]
+        with self.assertRaises(KeyboardInterrupt):
+            self.reactor.doIteration(0)
+        self.reactor.doIteration(0)
+        self.assertIn("quiet", self.reactor.events)
+
+    def test_paused_and_resumed_by_another(self) -> None:
+        """Who is paused and resumed in every turn by somebody else's event still gets one."""
+        quiet = self.reader("quiet")
+
+        def meddle() -> None:
+            self.reactor.removePending(quiet)
+            self.reactor.addPending(quiet)
+
+        busy = self.reader("busy", meddle)
+        busy.far.send(b"x" * 5)
+        self.reactor.addPending(quiet)
+        for _ in range(3):
+            self.reactor.doIteration(0)
+        self.assertGreaterEqual(self.reactor.events.count("quiet"), 2)
+
+
 class ClockTests(SynchronousTestCase):
     """An administrator sets the time while uploads run."""
 
@@ -375,10 +421,10 @@ class ShortTimerTests(SynchronousTestCase):
             discard(reactor)
 
     def test_loops_that_drive_themselves(self) -> None:
-        """The timers are looked at once or twice."""
+        """The timers are looked at once, or a few times where the loop counts in milliseconds of its own."""
         for new_loop in (CountingEventLoop, uvloop.new_event_loop):
             for delay in self.DELAYS:
-                self.assertLessEqual(self.looks(new_loop(), delay), 2, (new_loop, delay))
+                self.assertLessEqual(self.looks(new_loop(), delay), 5, (new_loop, delay))
 
     def looks(self, loop: Any, delay: float) -> int:
         reactor = LwsAsyncioReactor(loop)
@@ -400,3 +446,55 @@ class ShortTimerTests(SynchronousTestCase):
         discard(reactor)
         loop.close()
         return len(looks)
+
+
+class Refused(DatagramProtocol):
+    """A connected UDP port whose peer isn't there at first."""
+
+    def __init__(self, peer: tuple[str, int], answer: Callable[[], object], done: Callable[[], object]) -> None:
+        self.peer, self.answer, self.done = peer, answer, done
+        self.received = b""
+
+    def startProtocol(self) -> None:
+        self.transport.connect(*self.peer)
+        self.transport.write(b"ping")
+
+    def connectionRefused(self) -> None:
+        self.answer()
+
+    def datagramReceived(self, datagram: bytes, addr: object) -> None:
+        self.received = datagram
+        self.done()
+
+
+class FailedDescriptorTests(SynchronousTestCase):
+    """libuv drops a descriptor that has failed."""
+
+    def test_refused_datagram(self) -> None:
+        """A UDP port that heard of a missing peer still hears the peer when it comes."""
+        loop = uvloop.new_event_loop()
+        reactor = LwsAsyncioReactor(loop)
+        peer = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.addCleanup(peer.close)
+        peer.bind(("127.0.0.1", 0))
+        address = peer.getsockname()
+        peer.close()
+        found: list[socket.socket] = []
+
+        def answer() -> None:
+            late = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            found.append(late)
+            late.bind(address)
+            late.sendto(b"pong", ("127.0.0.1", port.getHost().port))
+
+        protocol = Refused(address, answer, loop.stop)
+        port: Any = reactor.listenUDP(0, protocol, interface="127.0.0.1")
+        deadline = reactor.callLater(DEADLINE, loop.stop)
+        loop.run_forever()
+        deadline.cancel()
+        self.assertEqual(protocol.received, b"pong")
+        for each in found:
+            each.close()
+        port.stopListening()
+        discard(reactor)
+        loop.close()

@@ -173,6 +173,11 @@ class Rows:
             self.assert_sleeps(talk)
             self.assert_lists(talk, talk.sink)
             self.assertEqual(talk.sink.deliveries, [N])
+            if self.world.merges:
+                # Nor does a mark that is gone again wake the loop.
+                talk.sink.resume()
+                talk.sink.pause()
+                self.assert_sleeps(talk)
             talk.factory.on_delivery = lambda sink: None
             talk.sink.resume()
             self.complete(talk, data)

@@ -126,11 +126,14 @@ class TurnTests(SynchronousTestCase):
         self.assertEqual((said.turns, said.longest_turn), (2, 0.0))
 
     def test_all_phases_count(self) -> None:
-        """Timers, events of the kernel and synthesised reads of a turn: nobody else is served meanwhile."""
-        self.reactor.callLater(0, self.clock.pass_by, 3)
+        """From one wait to the next: events of the kernel, synthesised reads, and the timers that are due then."""
+        self.reactor.callLater(0, self.clock.pass_by, 3)  # before the wait, so it is not added to what follows it
         self.reactor.event = lambda: self.clock.pass_by(5)
         self.reactor.addPending(SlowReader(self.clock, 7))  # type: ignore[arg-type]
-        self.assertEqual(self.turn().longest_turn, 15)
+        self.assertEqual(self.turn().longest_turn, 12)
+        self.reactor.event = None
+        self.reactor.callLater(0, self.clock.pass_by, 4)
+        self.assertEqual(self.turn().longest_turn, 16)
 
     def test_the_longest_stays(self) -> None:
         """A shorter turn afterwards does not hide it."""

@@ -1,7 +1,8 @@
 """A loop that drives itself: asyncio's, or uvloop's, with the same pending-read list.
 
 There is no wait of ours to merge anything behind. Here ``fake_pollin`` asks the loop for a call in
-its next turn: one for a whole batch of readers, however many become pending in one turn.
+its next turn: one for a whole batch of readers, however many become pending in one turn. It runs before that turn's
+events of the kernel, so a reader may have both in one turn.
 """
 
 # Most of Twisted's reactors is not annotated.
@@ -20,7 +21,7 @@ from twisted.internet.asyncioreactor import AsyncioSelectorReactor
 from twisted.internet.interfaces import IReadDescriptor, IWriteDescriptor
 
 from lwstwisted.interfaces import LoopStatistics
-from lwstwisted.loop.presence import has_failed
+from lwstwisted.loop.presence import events_of
 from lwstwisted.loop.reactor import PendingReadsReactor
 
 EVENT_LOOP = "LWSTWISTED_EVENT_LOOP"
@@ -91,10 +92,12 @@ class LwsAsyncioReactor(PendingReadsReactor, AsyncioSelectorReactor):
         return cls._installed(cls(loop))
 
     def _readOrWrite(self, selectable: Any, read: bool) -> None:
-        # The one name here that is not public: after an event is when the loop may have dropped a descriptor. On
-        # a Twisted without it a reset is as on stock: what did not fit into one read is lost.
+        # The one name here that is not public: an event is when the loop may have dropped a descriptor. On a
+        # Twisted without it a reset is as on stock: what did not fit into one read is lost.
+        # Looked at first, because a read may take the error away, and the descriptor is dropped all the same.
+        is_dropped = self._drops_failed and (fd := selectable.fileno()) >= 0 and events_of(fd)
         super()._readOrWrite(selectable, read)
-        if self._drops_failed and (fd := selectable.fileno()) >= 0 and has_failed(fd):
+        if is_dropped:
             self._loop.call_soon(self._watch_again, selectable)
 
     def _watch_again(self, selectable: Any) -> None:
@@ -141,7 +144,7 @@ class LwsAsyncioReactor(PendingReadsReactor, AsyncioSelectorReactor):
 
     def _run_faked(self) -> None:
         faked, self._faked = self._faked, {}
-        self._serve_faked(faked)
+        self._serve_faked(faked, ())
 
 
 install = LwsAsyncioReactor.install

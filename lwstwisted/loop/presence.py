@@ -5,7 +5,8 @@ connection or vanished. A pause is ours and may be long; what it holds (a tempor
 outlive the peer for as long.
 
 So a pause that lasts is interrupted by a look at the socket now and then, without reading from it. A peer that has
-only ended its side is still there: it may be waiting for its answer. One that was reset is gone. From a
+only ended its side is still there: it may be waiting for its answer, and both sides ended is an orderly end. One
+that has reset the connection is gone: nobody is left to be answered, and what it sent before is dropped. From a
 machine that has disappeared nothing comes at all, and from a process that closed its socket, nothing after the FIN:
 keep-alive probes of the kernel turn both into an error, which the next look finds.
 """
@@ -27,6 +28,8 @@ PROBE_INTERVAL = 10
 PROBES = 3
 """Probes without an answer until the kernel gives up: with the looks, a vanished machine is noticed within
 70 seconds, as an idle connection is."""
+
+_KEEPIDLE = vars(socket).get("TCP_KEEPIDLE") or vars(socket)["TCP_KEEPALIVE"]  # the latter on macOS
 
 
 class PeerWatch:
@@ -70,18 +73,18 @@ class PeerWatch:
         if not self._is_probing:
             self._is_probing = True
             probe(watched)
-        if has_failed(watched.fileno()):
+        if events_of(watched.fileno()) & select.POLLERR:
             self.stop()
             self._gone()
         else:
             self.start()
 
 
-def has_failed(fd: int) -> bool:
-    """Whether a descriptor has an error or has hung up, without reading from it."""
+def events_of(fd: int) -> int:
+    """``POLLERR``, ``POLLHUP`` and ``POLLNVAL`` of a descriptor (poll(2)), without reading from it."""
     poller = select.poll()
-    poller.register(fd, 0)  # POLLHUP and POLLERR need not be asked for
-    return bool(poller.poll(0))
+    poller.register(fd, 0)  # none of the three need be asked for
+    return sum(event for _, event in poller.poll(0))
 
 
 def probe(watched: socket.socket) -> None:
@@ -93,7 +96,7 @@ def probe(watched: socket.socket) -> None:
         return
     if watched.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
         return
-    watched.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_IDLE)
+    watched.setsockopt(socket.IPPROTO_TCP, _KEEPIDLE, PROBE_IDLE)
     watched.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_INTERVAL)
     watched.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
     watched.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

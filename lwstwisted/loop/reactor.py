@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Container
 from typing import Any, Self
 
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IReadDescriptor
@@ -95,10 +96,10 @@ class PendingReadsReactor:
         listening.startListening()
         return listening
 
-    def _serve_faked(self, faked: dict[IReadDescriptor, None]) -> None:
+    def _serve_faked(self, faked: dict[IReadDescriptor, None], served: Container[Any]) -> None:
         for reader in faked:
-            # Queued again: it had its turn by the kernel's word, and is still pending.
-            if reader not in self._faked:
+            # Queued again by its own event: it had its turn, and is for the next one.
+            if not (reader in self._faked and reader in served):
                 self._pending.servicePending(reader)
 
 
@@ -109,7 +110,9 @@ class MergingReactor(PendingReadsReactor):
         self._turns = 0
         self._longest_turn = 0.0
         self._timers_took = 0.0
+        self._events_took = 0.0
         self._woken: float | None = None
+        self._served: set[Any] = set()
         super().__init__(*args)
 
     def statistics(self) -> LoopStatistics:
@@ -123,10 +126,11 @@ class MergingReactor(PendingReadsReactor):
         self._timers_took = time.monotonic() - began
 
     def _doReadOrWrite(self, *event: Any) -> None:
-        # The one name here that is not public: nothing else tells when the wait is over. On a Twisted without
-        # it the longest turn leaves out what the kernel announced, and all else works.
+        # The one name here that is not public: nothing else tells when the wait is over, and who had a turn. On a
+        # Twisted without it the longest turn leaves out what the kernel announced, and a reader may get two turns.
         if self._woken is None:
             self._woken = time.monotonic()
+        self._served.add(event[0])
         super()._doReadOrWrite(*event)  # type: ignore[misc]
 
     def doIteration(self, timeout: float | None) -> None:
@@ -137,12 +141,20 @@ class MergingReactor(PendingReadsReactor):
         # Taken out before anything is dispatched: what is queued from now on is for the next turn.
         faked, self._faked = self._faked, {}
         may_read = any(reader in self._pending for reader in faked)
+        self._longest_turn = max(self._longest_turn, self._events_took + self._timers_took)
+        self._events_took = self._timers_took = 0.0
         self._woken = None
-        super().doIteration(0 if may_read else timeout)  # type: ignore[misc]
+        self._served.clear()
+        try:
+            super().doIteration(0 if may_read else timeout)  # type: ignore[misc]
+        except BaseException:
+            self._faked = {**faked, **self._faked}  # Twisted logs it and goes on: they are for the next turn
+            raise
         woken = time.monotonic() if self._woken is None else self._woken
-        self._serve_faked(faked)
+        self._serve_faked(faked, self._served)
         self._turns += 1
-        self._longest_turn = max(self._longest_turn, self._timers_took + time.monotonic() - woken)
+        self._events_took = time.monotonic() - woken
+        self._longest_turn = max(self._longest_turn, self._events_took)
 
 
 class LwsReactor(MergingReactor, BestReactor):
