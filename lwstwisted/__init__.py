@@ -35,6 +35,7 @@ The map. Each number is a floor, and imports go downwards only
     batch.py       3  files that become visible together or not at all
     local.py       4  the disk: own threads, atomic and durable commit
   uploads/            from requests to stored files
+    announced.py   1  what a head says of the bytes behind it
     conditions.py  1  what a client believes of a file: If-Match and its like
     digests.py     1  what a client says its bytes hash to
     parts.py       1  the parts of a form: limits, names; no I/O

@@ -88,7 +88,6 @@ BODY_TOO_SLOW = Refusal("body_too_slow", 408, "The request body arrives too slow
 TOO_MANY_CONNECTIONS = Refusal(
     "too_many_connections", 503, "The server has too many connections, or too many of yours; try again in a moment."
 )
-HANDSHAKE_TIMEOUT = Refusal("handshake_timeout", 408, "TLS was not agreed on in time.")
 
 BAD_FORM = Refusal("bad_form", 400, "The form in the request body is malformed.")
 

@@ -25,7 +25,7 @@ from lwstwisted.stores.local import LocalStore
 from lwstwisted.stores.names import STATE_FOLDER
 from lwstwisted.uploads.resource import UploadResource
 from lwstwisted.web.accesslog import combined_log, json_log
-from lwstwisted.web.limits import MAX_LENGTH, Limits
+from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
 from lwstwisted.web.site import StreamingSite
 
 DEFAULT_PORT = 8443
@@ -111,7 +111,7 @@ def parse_limits(settings: Mapping[str, str]) -> Limits:
     :param settings: names and numbers.
     :raises UsageError: for a name that isn't known, or a number that is none or can't be meant.
     """
-    kinds = {field.name: int if field.type == "int" else float for field in fields(Limits)}
+    kinds = {field.name: type(getattr(DEFAULT_LIMITS, field.name)) for field in fields(Limits)}
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in kinds:

@@ -11,7 +11,6 @@ events of the kernel, so a reader may have both in one turn.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import selectors
 import time
@@ -22,7 +21,7 @@ from twisted.internet.interfaces import IReadDescriptor, IWriteDescriptor
 
 from lwstwisted.interfaces import LoopStatistics
 from lwstwisted.loop.presence import events_of
-from lwstwisted.loop.reactor import PendingReadsReactor
+from lwstwisted.loop.reactor import PendingReadsReactor, whole_milliseconds
 
 EVENT_LOOP = "LWSTWISTED_EVENT_LOOP"
 """Environment variable: ``uvloop`` runs ``--reactor=lws-asyncio`` on that; unset or ``asyncio``, on asyncio's own."""
@@ -128,7 +127,7 @@ class LwsAsyncioReactor(PendingReadsReactor, AsyncioSelectorReactor):
     def timeout(self) -> float | None:
         """Seconds until the next timer, in whole milliseconds: uvloop counts in them, and spins through the rest."""
         left: float | None = super().timeout()
-        return left and math.ceil(left * 1000) / 1000
+        return left and whole_milliseconds(left)
 
     def statistics(self) -> LoopStatistics:
         """See ``PendingReadsReactor``; turns are counted on a :class:`CountingEventLoop`."""
@@ -144,7 +143,8 @@ class LwsAsyncioReactor(PendingReadsReactor, AsyncioSelectorReactor):
 
     def _run_faked(self) -> None:
         faked, self._faked = self._faked, {}
-        self._serve_faked(faked, ())
+        for reader in faked:
+            self._pending.servicePending(reader)
 
 
 install = LwsAsyncioReactor.install

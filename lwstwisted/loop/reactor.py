@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Container
 from typing import Any, Self
 
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IReadDescriptor
@@ -29,6 +28,11 @@ try:
     from twisted.internet.epollreactor import EPollReactor as BestReactor
 except ImportError:  # no epoll(7) on this platform
     BestReactor = PollReactor  # type: ignore[assignment,misc]
+
+
+def whole_milliseconds(seconds: float) -> float:
+    """At least so long: for a loop that counts in milliseconds, and spins through what is less."""
+    return math.ceil(seconds * 1000) / 1000
 
 
 @implementer(IPendingReads, IFakePollin)
@@ -96,12 +100,6 @@ class PendingReadsReactor:
         listening.startListening()
         return listening
 
-    def _serve_faked(self, faked: dict[IReadDescriptor, None], served: Container[Any]) -> None:
-        for reader in faked:
-            # Queued again by its own event: it had its turn, and is for the next one.
-            if not (reader in self._faked and reader in served):
-                self._pending.servicePending(reader)
-
 
 class MergingReactor(PendingReadsReactor):
     """What is added to a stock reactor that polls by itself: pending readers are merged behind its wait."""
@@ -151,7 +149,10 @@ class MergingReactor(PendingReadsReactor):
             self._faked = {**faked, **self._faked}  # Twisted logs it and goes on: they are for the next turn
             raise
         woken = time.monotonic() if self._woken is None else self._woken
-        self._serve_faked(faked, self._served)
+        for reader in faked:
+            # Queued again by its own event: it had its turn, and is for the next one.
+            if not (reader in self._faked and reader in self._served):
+                self._pending.servicePending(reader)
         self._turns += 1
         self._events_took = time.monotonic() - woken
         self._longest_turn = max(self._longest_turn, self._events_took)
@@ -166,7 +167,7 @@ class LwsPollReactor(MergingReactor, PollReactor):
 
     def doIteration(self, timeout: float | None) -> None:
         """See :class:`MergingReactor`. Stock rounds down to the milliseconds of poll(2), and spins through the rest."""
-        super().doIteration(timeout and math.ceil(timeout * 1000) / 1000)
+        super().doIteration(timeout and whole_milliseconds(timeout))
 
 
 class LwsSelectReactor(MergingReactor, SelectReactor):

@@ -38,6 +38,7 @@ from lwstwisted import errors
 from lwstwisted.errors import BodyStopped, Refused
 from lwstwisted.interfaces import Check, IBufferReceiver, IRequestBody, Name, PartialFile, Store
 from lwstwisted.stores.names import parse_name
+from lwstwisted.uploads.announced import require_identity, require_length
 from lwstwisted.uploads.conditions import Conditions
 from lwstwisted.uploads.pages import link, send_json, send_page, wants_json
 from lwstwisted.uploads.parts import SLICE, Part, PartReader, boundary_of
@@ -54,7 +55,9 @@ async def post_form(request: Request, body: IRequestBody, store: Store, folder: 
     :raises Refused: and nothing of the form is left then.
     :raises lwstwisted.errors.BodyCut: likewise, when the client left.
     """
-    boundary = _check_fields(request)
+    boundary = boundary_of(list(request.requestHeaders.getRawHeaders(b"content-type") or []))
+    require_length(request)
+    require_identity(request)
     form = Form(store, folder, boundary, max_size, Conditions(request).check)
     try:
         await body.deliver_to(cast(IConsumer, form))
@@ -65,18 +68,6 @@ async def post_form(request: Request, body: IRequestBody, store: Store, folder: 
         raise cause from None
     if request.channel is not None:  # else the client left when all was sent
         _answer(request, folder, stored)
-
-
-def _check_fields(request: Request) -> bytes:
-    """The boundary of the form, if the head announces one that can be read."""
-    fields = request.requestHeaders
-    boundary = boundary_of(list(fields.getRawHeaders(b"content-type") or []))
-    if not fields.hasHeader(b"content-length") and not fields.hasHeader(b"transfer-encoding"):
-        raise Refused(errors.LENGTH_REQUIRED)
-    encodings = fields.getRawHeaders(b"content-encoding") or []
-    if any(value.strip().lower() != b"identity" for value in encodings):
-        raise Refused(errors.CONTENT_ENCODING)
-    return boundary
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from twisted.web.server import Request
 from lwstwisted import errors
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import IRequestBody, Name, Store
+from lwstwisted.uploads.announced import require_identity, require_length
 from lwstwisted.uploads.conditions import Conditions
 from lwstwisted.uploads.digests import expected_digests
 from lwstwisted.uploads.transfer import Transfer
@@ -25,7 +26,10 @@ async def put(request: Request, body: IRequestBody, store: Store, name: Name, ma
     :raises Refused: and nothing of the upload is left then.
     :raises lwstwisted.errors.BodyCut: likewise, when the client left.
     """
-    _check_fields(request)
+    require_length(request)
+    if request.requestHeaders.hasHeader(b"content-range"):
+        raise Refused(errors.CONTENT_RANGE)
+    require_identity(request)
     if body.length is not None and body.length > max_size:
         raise Refused(errors.BODY_TOO_LARGE)
     conditions, digests = Conditions(request), expected_digests(request)
@@ -46,14 +50,3 @@ async def put(request: Request, body: IRequestBody, store: Store, name: Name, ma
         request.setHeader(b"Location", request.path)
         request.setHeader(b"Content-Length", b"0")
     request.finish()
-
-
-def _check_fields(request: Request) -> None:
-    fields = request.requestHeaders
-    if not fields.hasHeader(b"content-length") and not fields.hasHeader(b"transfer-encoding"):
-        raise Refused(errors.LENGTH_REQUIRED)
-    if fields.hasHeader(b"content-range"):
-        raise Refused(errors.CONTENT_RANGE)
-    encodings = fields.getRawHeaders(b"content-encoding") or []
-    if any(value.strip().lower() != b"identity" for value in encodings):
-        raise Refused(errors.CONTENT_ENCODING)

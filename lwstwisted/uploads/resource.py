@@ -116,7 +116,6 @@ class UploadResource(Resource):
         segments = list(request.postpath or [])
         is_folder = _is_folder(request)
         name = parse_name(segments[:-1] if is_folder else segments)
-        request.setHeader(b"X-Content-Type-Options", b"nosniff")
         if not is_folder:
             try:
                 fd = await self._store.open_file(name)
@@ -141,6 +140,7 @@ def _send_file(request: Request, name: Name, fd: int, found: Found) -> None:
     try:
         if request.channel is None:
             return  # the client left while the file was being opened
+        request.setHeader(b"X-Content-Type-Options", b"nosniff")
         request.setHeader(b"ETag", found.etag.encode("ascii"))
         if (digest := repr_digest(request, found.digests)) is not None:
             request.setHeader(b"Repr-Digest", digest)

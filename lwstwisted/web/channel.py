@@ -20,8 +20,8 @@ read it, while what it still sends is thrown away. Closed at once, the kernel wo
 reset, and a client may drop an answer that it has not read yet; and one that looks for the answer only when it has
 sent everything would wait for a full socket.
 
-**Deadlines.** One timer for each connection, with one meaning at a time. The client's clock stops while we
-are the ones who pause.
+**Deadlines.** One timer for each connection, with one meaning at a time, and one more for the rate of a body. The
+client's clock stops while we are the ones who pause.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from lwstwisted.errors import BodyCut, BodyStopped, Refused
 from lwstwisted.flow import Valve
 from lwstwisted.interfaces import IBufferReceiver, IStreamingResource
 from lwstwisted.loop.presence import PeerWatch
+from lwstwisted.loop.tls import TLSTransport
 from lwstwisted.web.answers import answer_refusal, bare_answer, refusal_for, unread_bytes
 from lwstwisted.web.body import RequestBody, Spool
 from lwstwisted.web.deadline import Deadline, MinimumRate
@@ -104,7 +105,8 @@ class StreamingChannel(Protocol):
         self._is_ended = False  # the client has ended its side
         self._valve = Valve(self._pause_below, self._below.resumeProducing)
         clock = self.factory.reactor
-        watched = getattr(self._below, "socket", None)
+        # Ours looks at its socket itself; of a stock TLS transport this is the one beneath it.
+        watched = None if isinstance(self._below, TLSTransport) else getattr(self._below, "socket", None)
         self._watch = PeerWatch(clock, watched, lambda: not self._valve.is_open, self.forceAbortClient)
         self._deadline = Deadline(clock)
         self._rate: MinimumRate | None = None
@@ -126,7 +128,7 @@ class StreamingChannel(Protocol):
             self._set_idle()
 
     def _not_shaken(self) -> None:
-        self.factory.tally.count(errors.HANDSHAKE_TIMEOUT.code, self._peer)
+        self.factory.tally.count("handshake_timeout", self._peer)
         self.forceAbortClient()
 
     def _turn_away(self) -> None:
@@ -211,9 +213,11 @@ class StreamingChannel(Protocol):
         self._set_deadline()
 
     def _set_deadline(self) -> None:
-        if self._out.is_full or self._life is not _Life.OPEN:
-            if self._rate is not None:
-                self._rate.hold()
+        is_open = self._life is _Life.OPEN and not self._out.is_full
+        is_listening = is_open and self._request is not None and self._body is not None and self._body.is_wanted
+        if self._rate is not None:
+            (self._rate.listen if is_listening else self._rate.hold)()
+        if not is_open:
             return  # the client's deadline was set when it began
         if self._request is None:
             if not self._wire.has_begun:
@@ -222,15 +226,10 @@ class StreamingChannel(Protocol):
             elif not self._head_began:
                 self._head_began = True
                 self._deadline.set(self._limits.head_time, lambda: self._refuse(Refused(errors.HEAD_TIMEOUT)))
-        elif self._body is not None and self._body.is_wanted:
+        elif is_listening:
             self._deadline.set(self._limits.body_time, lambda: self._cut_late(errors.BODY_TIMEOUT))
-            if self._rate is not None:
-                self._rate.listen()
-            return
         else:
             self._deadline.clear()
-        if self._rate is not None:
-            self._rate.hold()
 
     def _set_idle(self) -> None:
         if self.factory.timeOut is None:

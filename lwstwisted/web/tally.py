@@ -28,7 +28,7 @@ class Tally:
     def count(self, code: str, peer: Any) -> None:
         """Note one.
 
-        :param code: of the refusal (see ``errors.py``).
+        :param code: of the refusal (see ``errors.py``), or a word of the same kind where a client can't be told.
         :param peer: the address of the client.
         """
         self._counts[code] += 1
