@@ -19,14 +19,13 @@ from typing import Any
 import pytest
 from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
 from twisted.trial.unittest import SynchronousTestCase
-from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 import lwstwisted.loop
-from lwstwisted.interfaces import IFakePollin, IPendingReads
+from lwstwisted.interfaces import IFakePollin
 from lwstwisted.loop.pending import pending_reads
 from tests.servers import serving
-from tests.test_loop_corpus import CORPUS, HANGING, Completes, Exchange, N
+from tests.test_loop_corpus import CORPUS, HANGING, Completes, Exchange, Forgetful, N
 from tests.test_loop_reactor import Reader
 from tests.tls_peer import (
     DEADLINE,
@@ -62,18 +61,8 @@ class ForgetfulHook(example.HookedLoop):  # type: ignore[misc]
         return True
 
 
-@implementer(IPendingReads)
-class WithoutDefaultPath(example.CustomLoop):  # type: ignore[misc]
-    """The negative control of the loop without the hook: whoever is pending is forgotten."""
-
-    def addPending(self, reader: IReadDescriptor) -> None:
-        pass
-
-    def parkPending(self, reader: IReadDescriptor) -> None:
-        pass
-
-    def removePending(self, reader: IReadDescriptor) -> None:
-        pass
+class WithoutDefaultPath(Forgetful, example.CustomLoop):  # type: ignore[misc]
+    """The same of the loop without the hook: whoever is pending is forgotten."""
 
 
 class CountingHook(example.HookedLoop):  # type: ignore[misc]

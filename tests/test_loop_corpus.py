@@ -50,8 +50,8 @@ from tests.tls_peer import (
 
 
 @implementer(IPendingReads)
-class WithoutDefaultPath(EPollReactor):
-    """The negative control of the default path: whoever is pending is forgotten."""
+class Forgetful:
+    """The negative control of the default path: whoever is pending is forgotten. For a loop without a list."""
 
     def addPending(self, reader: IReadDescriptor) -> None:
         pass
@@ -61,6 +61,10 @@ class WithoutDefaultPath(EPollReactor):
 
     def removePending(self, reader: IReadDescriptor) -> None:
         pass
+
+
+class WithoutDefaultPath(Forgetful, EPollReactor):
+    """A stock reactor on which nobody is served."""
 
 
 class WithoutList(LwsReactor):

@@ -91,8 +91,8 @@ class Reader(FileDescriptor):
         self.far.close()
 
 
-class TurnTests(SynchronousTestCase):
-    """What happens in a turn, and in which order."""
+class RecordingTestCase(SynchronousTestCase):
+    """A recording reactor, and readers that end with the test."""
 
     def setUp(self) -> None:
         self.reactor = RecordingReactor()
@@ -104,6 +104,10 @@ class TurnTests(SynchronousTestCase):
         reader = Reader(self.reactor, name, then)
         self.addCleanup(lambda: reader.lost or reader.connectionLost(None))
         return reader
+
+
+class TurnTests(RecordingTestCase):
+    """What happens in a turn, and in which order."""
 
     def events(self, wait: float | None = 0) -> list[Any]:
         """What one more turn does."""
@@ -212,19 +216,8 @@ class TurnTests(SynchronousTestCase):
         self.assertLessEqual(self.loop.until(lambda: over), 3)
 
 
-class PromiseTests(SynchronousTestCase):
+class PromiseTests(RecordingTestCase):
     """A reader that was noted gets its turn, whatever happens in between."""
-
-    def setUp(self) -> None:
-        self.reactor = RecordingReactor()
-        self.addCleanup(discard, self.reactor)
-        self.loop = Loop(self.reactor)
-        self.reactor.events.clear()
-
-    def reader(self, name: str, then: Callable[[], object] = lambda: None) -> Reader:
-        reader = Reader(self.reactor, name, then)
-        self.addCleanup(lambda: reader.lost or reader.connectionLost(None))
-        return reader
 
     def test_the_wait_raises(self) -> None:
         """A signal handler that raises in the wait costs nobody the turn."""

@@ -12,7 +12,7 @@ from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionLost
 from twisted.internet.posixbase import PosixReactorBase
 from twisted.internet.tcp import Connection
-from twisted.logger import globalLogPublisher
+from twisted.logger import LogLevel, capturedLogs, formatEvent
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
@@ -303,14 +303,14 @@ class WhyTests(SynchronousTestCase):
     """The debug line that tells why a read was synthesised."""
 
     def setUp(self) -> None:
-        self.lines: list[str] = []
-        globalLogPublisher.addObserver(self.observe)
-        self.addCleanup(globalLogPublisher.removeObserver, self.observe)
+        self.events = self.enterContext(capturedLogs())
 
-    def observe(self, event: Any) -> None:
-        if event.get("log_namespace") == "lwstwisted.loop.tls":
-            self.assertEqual(event["log_level"].name, "debug")
-            self.lines.append(event["log_format"].format(**event))
+    @property
+    def lines(self) -> list[str]:
+        """What the transport has logged, all of it for debugging."""
+        events = [event for event in self.events if event["log_namespace"] == "lwstwisted.loop.tls"]
+        self.assertEqual({event["log_level"] for event in events} - {LogLevel.debug}, set())
+        return [formatEvent(event) for event in events]
 
     def talk(self) -> Talk:
         return Talk(LwsReactor(), listen_on_our_port, ssl.TLSVersion.TLSv1_3, budget=N, held=False)

@@ -17,7 +17,7 @@ from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.ssl import DefaultOpenSSLContextFactory
 from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThread
-from twisted.logger import globalLogPublisher
+from twisted.logger import capturedLogs, formatEvent
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from twisted.web.server import Request
@@ -234,13 +234,12 @@ class ConnectionsTests(SynchronousTestCase):
     """How many connections there may be, in all and of one client."""
 
     def setUp(self) -> None:
-        self.lines: list[str] = []
-        globalLogPublisher.addObserver(self.observe)
-        self.addCleanup(globalLogPublisher.removeObserver, self.observe)
+        self.events = self.enterContext(capturedLogs())
 
-    def observe(self, event: Any) -> None:
-        if event.get("log_namespace") == "lwstwisted.web.tally":
-            self.lines.append(event["log_format"].format(**event))
+    @property
+    def lines(self) -> list[str]:
+        """What the tally has logged."""
+        return [formatEvent(event) for event in self.events if event["log_namespace"] == "lwstwisted.web.tally"]
 
     def begin(self, **limits: Any) -> None:
         self.clock = Clock()
