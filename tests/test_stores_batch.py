@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
+from threading import Event
+from typing import Any
 
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.threads import deferToThread
 
 from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
 from lwstwisted.interfaces import Name
-from lwstwisted.stores.local import LocalStore
-from tests.contracts import NOTHING, get, names_in, put, put_into, refusal_of, together
+from lwstwisted.stores.local import LocalBatch, LocalStore
+from lwstwisted.stores.tree import Segments
+from tests.contracts import NOTHING, get, put, put_into, refusal_of
+from tests.servers import PATIENCE
 from tests.test_stores_local import WATCHED, LocalCase, open_beneath, partials_of, steps_in, traced, tree_of
 
 Tree = dict[str, bytes | None]
@@ -141,17 +150,280 @@ class BatchTests(LocalCase):
             batch = store.batch()
             await put_into(batch, ("first", name[0]), b"first")
             await put_into(batch, name, b"batch")
-            # The journal is on disk, and no name has changed yet.
-            with traced("-e", "trace=rename,renameat,renameat2", "-e", "inject=/^rename:delay_exit=200000:when=1"):
-                answers, _ = await together(batch.commit(), self.put_when_journal(other, name))
-            assert answers == [True, False]
+            commit, go_on = await self.held_commit(store, batch)
+            await put(other, name, b"other")
+            go_on.set()
+            assert await commit == [True, False]
             assert await get(store, name) == b"batch"
         assert batches_of(self.root) == []
 
-    async def put_when_journal(self, store: LocalStore, name: Name) -> None:
-        while not list(self.root.glob(".lwstwisted/batches/*/journal")):
-            await names_in(store)
-        await put(store, name, b"other")
+    async def test_another_process_is_not_undone(self) -> None:
+        """What another process replaced in between is what comes back when the batch fails, not the file before it."""
+        write_old(self.root)
+        store = self.make_store()
+        other = self.make_store()
+        batch = store.batch()
+        await put_into(batch, ("replaced",), b"batch")
+        await put_into(batch, ("way", "x"), b"batch")
+        commit, go_on = await self.held_commit(store, batch)
+        await put(other, ("replaced",), b"other")
+        await put(other, ("way",), b"other")
+        go_on.set()
+        assert await refusal_of(commit) is errors.NOT_A_FOLDER
+        assert tree_of(self.root) == {**OLD, "replaced": b"other", "way": b"other"}
+
+    async def test_same_process_waits(self) -> None:
+        """A file that comes under a name of the batch during its commit comes after it, and is not lost."""
+        store = self.make_store()
+        batch = store.batch()
+        await put_into(batch, ("a",), b"batch")
+        await put_into(batch, ("b",), b"batch")
+        part = await store.create(("b",), None)
+        commit, go_on = await self.held_commit(store, batch)
+        asks, naming = Event(), store._tree.naming
+
+        def ask(path: Segments) -> Any:
+            asks.set()
+            return naming(path)
+
+        self.patch(store._tree, "naming", ask)
+        name = Deferred.fromCoroutine(part.commit(memoryview(b"single")))
+        await deferToThread(asks.wait, PATIENCE)
+        go_on.set()
+        assert (await commit, await name) == ([True, True], False)
+        assert tree_of(self.root) == {"a": b"batch", "b": b"single"}
+
+    async def test_taking_back_fails_too(self) -> None:
+        """The batch is refused then, and not tried again over its own remains; the next start takes back the rest."""
+        write_old(self.root)
+        store = self.make_store()
+        other = self.make_store()
+        batch = store.batch()
+        await put_into(batch, ("first",), b"batch")
+        await put_into(batch, ("replaced",), b"batch")
+        commit, go_on = await self.held_commit(store, batch)
+        await put(other, ("replaced",), b"other")
+
+        def fail(*arguments: object) -> None:
+            raise OSError(errno.EIO, "the disk is broken")
+
+        self.patch(store._tree, "unmake", fail)
+        go_on.set()
+        assert await refusal_of(commit) is errors.STORE_FAILED
+        assert len(batches_of(self.root)) == 1
+        await store.stop()
+        self.make_store()
+        assert tree_of(self.root) == {**OLD, "replaced": b"other"}
+        assert batches_of(self.root) == []
+
+    async def held_commit(self, store: LocalStore, batch: LocalBatch) -> tuple[Deferred[list[bool]], Event]:
+        """A commit whose journal is on disk, and that changes the first name when it may go on."""
+        held, go_on, sync = Event(), Event(), store._tree.sync_folder
+
+        def hold(descriptor: int) -> None:
+            sync(descriptor)
+            if not held.is_set() and "journal" in os.listdir(descriptor):
+                held.set()
+                go_on.wait(PATIENCE)
+
+        self.patch(store._tree, "sync_folder", hold)
+        self.addCleanup(go_on.set)
+        commit = Deferred.fromCoroutine(batch.commit())
+        assert await deferToThread(held.wait, PATIENCE), "the commit never came to its journal"
+        return commit, go_on
+
+
+Disk = dict[str, dict[str, int]]
+"""What each folder has: names, and the inodes they lead to."""
+
+
+class Recorder:
+    """Notes what is asked of a file system, and tells what a power cut may leave of it.
+
+    Each folder keeps what it was told up to its last fsync. Of the rest any part may be there or not, whatever other
+    folders kept: no file system is worse. A file whose contents were not synced is empty.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.contents: dict[int, bytes | None] = {}
+        self.durable: Disk = {str(folder): self.look(folder) for folder in [root, *root.rglob("*")] if folder.is_dir()}
+        self.pending: list[tuple[str, dict[str, int | None]]] = []
+
+    def look(self, folder: Path) -> dict[str, int]:
+        found = {}
+        for path in folder.iterdir():
+            found[path.name] = path.stat().st_ino
+            self.contents[path.stat().st_ino] = None if path.is_dir() else path.read_bytes()
+        return found
+
+    def note(self, folder: int, *names: bytes) -> None:
+        """One step has changed these names of a folder."""
+        path = Path(os.readlink(f"/proc/self/fd/{folder}"))
+        step: dict[str, int | None] = {}
+        for name in names:
+            one = path / os.fsdecode(name)
+            step[one.name] = one.stat().st_ino if one.exists() else None
+            if one.is_dir():
+                self.contents[one.stat().st_ino] = None
+                self.durable.setdefault(str(one), {})
+            elif one.exists():
+                self.contents.setdefault(one.stat().st_ino, b"" if "journal" in one.name else one.read_bytes())
+        self.pending.append((str(path), step))
+
+    def synced(self, folder: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{folder}")
+        for at, step in self.pending:
+            if at == path:
+                self.apply(self.durable, at, step)
+        self.pending = [(at, step) for at, step in self.pending if at != path]
+
+    def synced_file(self, descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        self.contents[os.fstat(descriptor).st_ino] = path.read_bytes()
+
+    @staticmethod
+    def apply(disk: Disk, folder: str, step: dict[str, int | None]) -> None:
+        for name, inode in step.items():
+            if inode is None:
+                disk[folder].pop(name, None)
+            else:
+                disk[folder][name] = inode
+
+    def states(self) -> Iterator[Disk]:
+        """What may be there after a power cut now: each combination, or many of them."""
+        count = len(self.pending)
+        choices = range(1 << count) if count <= 6 else [*((1 << n) - 1 for n in range(count + 1)), *self.some(count)]
+        for chosen in choices:
+            disk = {folder: dict(names) for folder, names in self.durable.items()}
+            for at, (folder, step) in enumerate(self.pending):
+                if chosen >> at & 1:
+                    self.apply(disk, folder, step)
+            yield disk
+
+    @staticmethod
+    def some(count: int) -> list[int]:
+        seeded = Random(count)
+        return [seeded.getrandbits(count) for _ in range(30)]
+
+    def write(self, disk: Disk, root: Path) -> None:
+        """Make a real tree of a state."""
+        written: dict[int, Path] = {}
+
+        def write(folder: str, to: Path) -> None:
+            to.mkdir()
+            for name, inode in disk[folder].items():
+                content = self.contents[inode]
+                if content is None:
+                    write(f"{folder}/{name}", to / name)
+                elif inode in written:
+                    os.link(written[inode], to / name)
+                else:
+                    written[inode] = to / name
+                    (to / name).write_bytes(content)
+
+        write(str(self.root), root)
+
+
+class PowerTests(LocalCase):
+    """The power fails in front of each step, and what was not synced is there or not."""
+
+    def record(self, store: LocalStore, recorder: Recorder, cut: Callable[[], object]) -> list[Any]:
+        """Have a recorder see each change; ``cut`` is called in front of each and of each sync."""
+        link, mkdir, rename, unlink, rmdir = os.link, os.mkdir, os.rename, os.unlink, os.rmdir
+
+        def linked(source: Any, to: Any, **where: Any) -> None:
+            cut()
+            link(source, to, **where)
+            recorder.note(where["dst_dir_fd"], to)
+
+        def made(name: Any, *mode: Any, dir_fd: int) -> None:
+            cut()
+            mkdir(name, *mode, dir_fd=dir_fd)
+            recorder.note(dir_fd, name)
+
+        def renamed(source: Any, to: Any, *, src_dir_fd: int, dst_dir_fd: int) -> None:
+            cut()
+            rename(source, to, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
+            if src_dir_fd == dst_dir_fd:
+                recorder.note(dst_dir_fd, source, to)
+            else:
+                recorder.note(dst_dir_fd, to)
+                recorder.note(src_dir_fd, source)
+
+        def unlinked(name: Any, *, dir_fd: int) -> None:
+            cut()
+            unlink(name, dir_fd=dir_fd)
+            recorder.note(dir_fd, name)
+
+        def removed(name: Any, *, dir_fd: int) -> None:
+            cut()
+            rmdir(name, dir_fd=dir_fd)
+            recorder.note(dir_fd, name)
+
+        sync_folder, sync_file = store._tree.sync_folder, store._tree.sync_file
+
+        def folder_synced(descriptor: int) -> None:
+            cut()
+            sync_folder(descriptor)
+            recorder.synced(descriptor)
+
+        def file_synced(descriptor: int) -> None:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            is_journal = path.endswith("/journal.new")
+            if is_journal:
+                folder = os.open(os.path.dirname(path), os.O_RDONLY)
+                recorder.note(folder, b"journal.new")
+                os.close(folder)
+                cut()
+            sync_file(descriptor)
+            if is_journal:
+                recorder.synced_file(descriptor)
+
+        return [
+            self.patch(os, "link", linked),
+            self.patch(os, "mkdir", made),
+            self.patch(os, "rename", renamed),
+            self.patch(os, "unlink", unlinked),
+            self.patch(os, "rmdir", removed),
+            self.patch(store._tree, "sync_folder", folder_synced),
+            self.patch(store._tree, "sync_file", file_synced),
+        ]
+
+    @pytest.mark.slow
+    async def test_power_cut_at_each_step(self) -> None:
+        """All files of a form are there after the next start, or none; once it was answered, all."""
+        write_old(self.root)
+        store = self.make_store(threads=1)
+        recorder = Recorder(self.root)
+        cuts: list[tuple[bool, Disk]] = []
+        is_answered = False
+
+        def cut() -> None:
+            cuts.extend((is_answered, state) for state in recorder.states())
+
+        patches = self.record(store, recorder, cut)
+        batch = store.batch()
+        for name, data in FILES.items():
+            await put_into(batch, name, data)
+        await batch.commit()
+        is_answered = True
+        cut()
+        for patch in patches:
+            patch.restore()
+        assert len(cuts) > 200
+        half_done = 0
+        above = self.new_folder()
+        for number, (was_answered, state) in enumerate(cuts):
+            root = above / f"{number}"
+            recorder.write(state, root)
+            before = tree_of(root)
+            half_done += before not in (OLD, NEW)
+            await self.make_store(root, durability="none").stop()
+            assert tree_of(root) in ([NEW] if was_answered else [OLD, NEW]), (number, before, tree_of(root))
+            assert batches_of(root) == []
+            shutil.rmtree(root)
+        assert half_done > 20
 
 
 class BatchOrderTests(LocalCase):
