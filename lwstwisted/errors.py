@@ -104,6 +104,9 @@ CONTENT_RANGE = Refusal(
     "content_range", 400, "A PUT replaces the whole file; do not send Content-Range with it (RFC 9110 section 14.5)."
 )
 
+CROSS_ORIGIN = Refusal(
+    "cross_origin", 403, "A page of another site sent this request; open this server's own page and send it from there."
+)
 PRECONDITION_FAILED = Refusal(
     "precondition_failed", 412, "The file is not what the conditions of the request say; look at it again."
 )
@@ -155,6 +158,7 @@ OTHER_FILE_SYSTEM = Refusal(
     "other_file_system", 409, "A part of the path is another file system mounted there; choose another path."
 )
 DISK_FULL = Refusal("disk_full", 507, "There is not enough space on the server for this upload.")
+TOO_MANY_FILES = Refusal("too_many_files", 503, "The server has too many files open; try again in a moment.")
 STORE_FAILED = Refusal("store_failed", 500, "The server could not store or read the file; try again later.")
 INTERNAL = Refusal("internal", 500, "The server failed in an unforeseen way; it has been logged.")
 STOPPING = Refusal("stopping", 503, "The server is stopping; try again in a moment.")

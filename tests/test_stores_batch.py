@@ -78,6 +78,7 @@ class BatchTests(LocalCase):
                 await put_into(discarded, (f"{number}",), b"x")
             assert len(open_beneath(self.root) - idle) == 2
             part = await committed.create(("last",), None)
+            await part.append(memoryview(b"x"))
             assert len(open_beneath(self.root) - idle) == 3
             await part.commit(NOTHING)
             await discarded.discard()
@@ -556,7 +557,7 @@ class BatchFaultTests(LocalCase):
     @pytest.mark.slow
     async def test_open(self) -> None:
         """There are no descriptors left."""
-        await self.fail_each("openat", "EMFILE", errors.STORE_FAILED, 30)
+        await self.fail_each("openat", "EMFILE", errors.TOO_MANY_FILES, 30)
 
 
 CRASHES = """

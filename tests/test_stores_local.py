@@ -110,6 +110,7 @@ class PartialTests(LocalCase):
             self.addCleanup(os.umask, os.umask(umask))
             store = self.make_store(use_tmpfile=False)
             partial = await store.create(("file",), None)
+            await partial.append(memoryview(b"x"))
             (name,) = partials_of(self.root)
             assert stat.S_IMODE((self.root / ".lwstwisted" / "partial" / name).stat().st_mode) == 0o600
             await partial.commit(memoryview(b"x"))
@@ -121,6 +122,7 @@ class PartialTests(LocalCase):
         store = self.make_store()
         before = open_beneath(self.root)
         partial = await store.create(("file",), None)
+        await partial.append(memoryview(b"x"))
         (descriptor,) = open_beneath(self.root) - before
         found = os.fstat(descriptor)
         assert (stat.S_IMODE(found.st_mode), found.st_nlink) == (0o600, 0)
@@ -128,11 +130,14 @@ class PartialTests(LocalCase):
         assert stat.S_IMODE((self.root / "file").stat().st_mode) == FILE_MODE
 
     async def test_descriptors(self) -> None:
-        """An upload holds one descriptor, and whatever became of it, none is left."""
+        """An upload holds one descriptor from its first bytes on, and whatever became of it, none is left."""
         for use_tmpfile in (True, False):
             store = self.make_store(use_tmpfile=use_tmpfile)
             idle = open_beneath(self.root)
             partials = [await store.create((f"{number}",), None) for number in range(5)]
+            assert open_beneath(self.root) == idle
+            for partial in partials:
+                await partial.append(memoryview(b"x"))
             assert len(open_beneath(self.root) - idle) == 5
             await partials[0].commit(NOTHING)
             await partials[1].discard()
@@ -218,7 +223,7 @@ class PartialTests(LocalCase):
         """What nobody finished or discarded before the end leaves neither descriptor nor name."""
         store = self.make_store(use_tmpfile=False)
         for number in range(3):
-            await store.create((f"{number}",), None)
+            await (await store.create((f"{number}",), None)).append(memoryview(b"x"))
         assert len(partials_of(self.root)) == 3
         await store.stop()
         assert partials_of(self.root) == []
@@ -526,11 +531,11 @@ class OrderTests(LocalCase):
         """The same where a file has a temporary name; that one goes last."""
         store = self.make_store(use_tmpfile=False)
         assert await self.steps(store, ("file",)) == [
-            *self.FULL_FILE,
+            *("flock PARTIAL", *self.FULL_FILE),
             *("link /file", "fsync /", "unlink PARTIAL"),
         ]
         assert await self.steps(store, ("file",)) == [
-            *self.FULL_FILE,
+            *("flock PARTIAL", *self.FULL_FILE),
             *("link /file", "rename /file", "fsync /"),
         ]
 
@@ -669,7 +674,7 @@ class NthFaultTests(LocalCase):
 
     async def test_open(self) -> None:
         """There are no descriptors left."""
-        await self.fail_each("openat", "EMFILE", errors.STORE_FAILED, 5)
+        await self.fail_each("openat", "EMFILE", errors.TOO_MANY_FILES, 5)
 
     async def test_look(self) -> None:
         """The disk can't be read."""
@@ -694,6 +699,7 @@ class NthFaultTests(LocalCase):
         with traced("-e", "trace=linkat", "-e", "inject=linkat:error=ENOENT:when=1"):
             store = self.make_store()
         partial = await store.create(("file",), None)
+        await partial.append(memoryview(b"x"))
         assert len(partials_of(self.root)) == 1
-        await partial.commit(memoryview(b"x"))
+        await partial.commit(NOTHING)
         assert (tree_of(self.root), partials_of(self.root)) == ({"file": b"x"}, [])

@@ -27,9 +27,10 @@ Decision
     further call fails too. No fsync is tried twice.
 
 Price
-    * A descriptor for each upload under way, and one lock around each making of a folder: who finds a folder
-      may rely on its name being durable. Between processes that share a root this relies on the file
-      system keeping a folder's own entry when the folder is synced, as ext4, XFS and btrfs do.
+    * A descriptor for each upload, from the first bytes on that are worth a write.
+    * One lock around each making of a folder: who finds a folder may rely on its name being durable. Between
+      processes that share a root this relies on the file system keeping a folder's own entry when the folder is
+      synced, as ext4, XFS and btrfs do.
     * A cancelled call returns only when its thread has finished, as the thread uses its memory.
     * When the fsync of the folder fails after a *replace*, the old file cannot come back. The answer is a
       failure, and the new file is visible, whole. A file that was *created* loses its name again.
@@ -53,7 +54,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorFromThreads
@@ -89,6 +90,7 @@ _ANSWERS = {
     errno.ELOOP: errors.NOT_A_FILE,
     # Some file systems (eCryptfs) take less than NAME_MAX.
     errno.ENAMETOOLONG: errors.NAME_TOO_LONG,
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), errors.TOO_MANY_FILES),
 }
 """What an OSError tells the client; any other one is ``STORE_FAILED``."""
 
@@ -158,7 +160,7 @@ class _Threads:
 
     def _told(self, work: Callable[..., object], error: OSError) -> Refused:
         refusal = _ANSWERS.get(error.errno or 0, errors.STORE_FAILED)
-        if not refusal.is_clients_fault:
+        if refusal.status in (500, 507):  # else it is nothing that an operator can mend
             self._log.error("store: {work} failed: {error}", work=work.__name__, error=error)
         return Refused(refusal)
 
@@ -175,30 +177,37 @@ class _Threads:
 
 
 class _Draft:
-    """An open file that isn't finished. Every method blocks; one thread at a time is let in."""
+    """A file that isn't finished, opened for its first bytes. Every method blocks; one thread at a time is let in."""
 
     def __init__(self, tree: Tree, path: Segments, check: Check, digests: Mapping[str, bytes]) -> None:
-        self.descriptor = -1
+        self.is_over = False
         self.etag = ""
         self._tree = tree
         self._path = path
         self._check = check
         self._digests = digests
         self._hashes = {name: hashlib.new(name, usedforsecurity=False) for name in digests}
+        self._descriptor = -1
         self._name: bytes | None = None
         self._offset = 0
         # A descriptor number that was closed may be another upload's by the next write.
         self._entered = Lock()
 
-    def open(self, length: int | None) -> None:
+    def begin(self, length: int | None) -> None:
         self._tree.check_target(self._path, self._check)
         if length is not None:
             self._tree.check_space(length)
-        self.descriptor, self._name = self._tree.open_partial()
+
+    def _open(self) -> None:
+        if self.is_over:
+            raise OSError(errno.EBADF, "the file was given up")
+        if self._descriptor < 0:
+            self._descriptor, self._name = self._tree.open_partial()
 
     def append(self, data: memoryview) -> None:
         with self._entered:
             try:
+                self._open()
                 self._write(data)
             except BaseException:
                 self._close()
@@ -207,11 +216,12 @@ class _Draft:
     def commit(self, data: memoryview) -> bool:
         with self._entered:
             try:
+                self._open()
                 self._write(data)
                 self._check_digests()
-                os.fchmod(self.descriptor, FILE_MODE)
-                self._tree.sync_file(self.descriptor)
-                self.etag = found_of(os.fstat(self.descriptor)).etag
+                os.fchmod(self._descriptor, FILE_MODE)
+                self._tree.sync_file(self._descriptor)
+                self.etag = found_of(os.fstat(self._descriptor)).etag
                 return self._publish()
             finally:
                 self._close()
@@ -221,13 +231,14 @@ class _Draft:
             self._close()
 
     def _close(self) -> None:
-        descriptor, self.descriptor = self.descriptor, -1
+        self.is_over = True
+        descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             self._tree.close_partial(descriptor, self._name)
 
     def _write(self, data: memoryview) -> None:
         while data:
-            written = os.pwrite(self.descriptor, data, self._offset)
+            written = os.pwrite(self._descriptor, data, self._offset)
             self._offset += written
             for running in self._hashes.values():
                 running.update(data[:written])
@@ -238,7 +249,7 @@ class _Draft:
             raise Refused(errors.DIGEST_MISMATCH)
         kept = {name: digest for name, digest in self._digests.items() if name not in NOT_KEPT}
         if kept:
-            keep_digests(self.descriptor, kept)
+            keep_digests(self._descriptor, kept)
 
     def _publish(self) -> bool:
         made: list[Segments] = []
@@ -279,21 +290,21 @@ class _Draft:
         except FileExistsError:
             self._tree.require_file(os.lstat(last, dir_fd=folder))
         if self._name is None:
-            self._name = self._tree.link_partial(self.descriptor)
+            self._name = self._tree.link_partial(self._descriptor)
         os.rename(self._name, last, src_dir_fd=self._tree.partial, dst_dir_fd=folder)
         self._name = None
         return False
 
     def _link_new(self, folder: int, last: bytes) -> None:
         if self._name is None:
-            self._tree.link(self.descriptor, last, folder)
+            self._tree.link(self._descriptor, last, folder)
         else:
             os.link(self._name, last, src_dir_fd=self._tree.partial, dst_dir_fd=folder)
 
     def _withdraw(self, folder: int, last: bytes) -> None:
         """Take the name back, unless it is another upload's by now."""
         with suppress(OSError):
-            if os.path.samestat(os.lstat(last, dir_fd=folder), os.fstat(self.descriptor)):
+            if os.path.samestat(os.lstat(last, dir_fd=folder), os.fstat(self._descriptor)):
                 os.unlink(last, dir_fd=folder)
 
 
@@ -306,9 +317,10 @@ class _BatchDraft(_Draft):
         super().__init__(tree, path, check, digests)
         self._batch = batch
 
-    def open(self, length: int | None) -> None:
-        self._batch.open()
-        super().open(length)
+    def _open(self) -> None:
+        if not self.is_over:
+            self._batch.open()
+        super()._open()
 
     def _publish(self) -> bool:
         self._batch.keep(self._path, self._check, self._link_new)
@@ -340,17 +352,17 @@ class LocalPartial:
         try:
             return await self._threads.run(self._draft.commit, data)
         finally:
-            self._forget_if_closed()
+            self._forget_if_over()
 
     async def discard(self) -> None:
         """Forget the file. See :class:`~lwstwisted.interfaces.PartialFile`."""
-        if self._draft.descriptor >= 0:
+        if not self._draft.is_over:
             await self._threads.finish(self._draft.close)
-        self._forget_if_closed()
+        self._forget_if_over()
 
-    def _forget_if_closed(self) -> None:
+    def _forget_if_over(self) -> None:
         # A commit that was refused because the store is stopping leaves the file open, for stop() to close.
-        if self._draft.descriptor < 0:
+        if self._draft.is_over:
             self._siblings.discard(self)
 
 
@@ -397,7 +409,7 @@ class LocalBatch:
 
 async def _begin(draft: _Draft, length: int | None, threads: _Threads, partials: set[LocalPartial]) -> LocalPartial:
     partial = LocalPartial(draft, threads, partials)
-    await threads.run(draft.open, length, undo=lambda _: draft.close())
+    await threads.run(draft.begin, length)
     partials.add(partial)
     return partial
 
@@ -406,7 +418,7 @@ class LocalStore:
     """A :class:`~lwstwisted.interfaces.Store` that is a folder on this machine.
 
     :param root: the folder; it is made if it is missing. May be a symbolic link, unlike what is in it.
-    :param reactor: where the results of the threads come back.
+    :param reactor: where the results of the threads come back; the global one by default.
     :param durability: ``"full"`` is what this module's docstring promises. ``"data"`` syncs the contents
         only: a power cut may take back names. ``"none"`` leaves all to the kernel.
     :param threads: how many calls may block at once.
@@ -418,19 +430,21 @@ class LocalStore:
     def __init__(
         self,
         root: str | os.PathLike[str],
-        reactor: IReactorFromThreads,
+        reactor: IReactorFromThreads | None = None,
         *,
         durability: Durability = "full",
         threads: int = WRITER_THREADS,
         use_tmpfile: bool = True,
     ) -> None:
+        if reactor is None:
+            from twisted.internet import reactor  # type: ignore[assignment]
         self._tree = Tree(Path(root).absolute(), durability, use_tmpfile)
         try:
             recover_batches(self._tree)
         except BaseException:
             self._tree.close()
             raise
-        self._threads = _Threads(reactor, threads)
+        self._threads = _Threads(cast(IReactorFromThreads, reactor), threads)
         self._partials: set[LocalPartial] = set()
         self._batches: set[LocalBatch] = set()
 
