@@ -512,6 +512,16 @@ class RefusalTests(SynchronousTestCase):
         self.assertTrue(talk.is_closed)
         self.assertEqual(talk.statuses, [413])
 
+    def test_a_client_that_never_stops(self) -> None:
+        """Over TLS a transport that closes goes on reading until the peer says goodbye: the next bytes end that."""
+        talk = Talk(self.refusing(0))
+        talk.send(put(b"x", length=10**9))
+        talk.clock.advance(LIMITS.linger_time)
+        self.assertTrue(talk.is_closed)
+        self.assertFalse(talk.is_aborted)
+        talk.channel.bufferReceived(memoryview(b"more"))
+        self.assertTrue(talk.is_aborted)
+
     def test_refused_during_a_pause(self) -> None:
         """A resource that refuses while its body is paused and more of it is here: one answer, and the end."""
         taken: list[object] = []

@@ -174,6 +174,34 @@ class LogTests(SynchronousTestCase):
             },
         )
 
+    def test_cut(self) -> None:
+        """A request whose client left is told as well: 499 where it had no answer yet, and once in any case."""
+
+        async def receive(request: Request, body: IRequestBody) -> None:
+            if request.path == b"/half":
+                request.write(b"12345")
+            await body.deliver_to(Sink())
+            ok(request)
+
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder, "log")
+            head = b"PUT %b HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+            for request, told in (
+                (head % b"/none" + b"1234", [("/none", 499, 4, 0)]),
+                (head % b"/half" + b"1234", [("/half", 200, 0, 5)]),
+                (head % b"/whole" + b"123456789", [("/whole", 200, 9, 2)]),
+                (b"PUT /head HTTP/1.1\r\nHost:", []),
+            ):
+                log.unlink(missing_ok=True)
+                talk = Talk(receive, logPath=str(log), logFormatter=json_log)
+                talk.site.startFactory()
+                talk.send(request)
+                talk.lose()
+                talk.site.stopFactory()
+                entries = [json.loads(line) for line in log.read_text().splitlines()]
+                keys = ("target", "status", "received", "sent")
+                self.assertEqual([tuple(entry[key] for key in keys) for entry in entries], told)
+
     def test_forging(self) -> None:
         """Whatever a client sends, it gets one line, which can't look like another or move a terminal's cursor."""
         evil = b'User-Agent: x" 200 \xff\xc3\xa9 \t\\n{"status": 200}'

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import socket
 import sys
 import termios
+from contextlib import suppress
 from typing import Any
 
 from twisted.logger import Logger
@@ -15,6 +17,9 @@ from twisted.web.server import Request
 
 from lwstwisted import errors
 from lwstwisted.errors import BodyCut, BodyStopped, Refusal, Refused
+
+UNSENT = 128 * 1024
+"""Bytes that wait in the kernel for room on the line: two slices of an answer, so that it never idles."""
 
 _log = Logger()
 
@@ -41,13 +46,28 @@ def unread_bytes(transport: Any) -> int:
 
     :param transport: a transport, or protocols wrapped around one.
     """
-    while isinstance(transport, ProtocolWrapper):
-        transport = transport.transport
     try:
-        count = fcntl.ioctl(transport.getHandle(), termios.TIOCOUTQ, bytes(4))
+        count = fcntl.ioctl(_socket_beneath(transport), termios.TIOCOUTQ, bytes(4))
     except (AttributeError, TypeError, OSError):
         return 0  # no socket, or no longer one
     return int.from_bytes(count, sys.byteorder)
+
+
+def limit_unsent(transport: Any) -> None:
+    """Let the kernel hold at most :data:`UNSENT` bytes that could not be sent yet (tcp(7), TCP_NOTSENT_LOWAT).
+
+    Else it takes megabytes for each client that doesn't read. What is under way on a long line isn't limited.
+
+    :param transport: as for :func:`unread_bytes`.
+    """
+    with suppress(AttributeError, OSError):
+        _socket_beneath(transport).setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+
+
+def _socket_beneath(transport: Any) -> Any:
+    while isinstance(transport, ProtocolWrapper):
+        transport = transport.transport
+    return transport.getHandle()
 
 
 def refusal_for(reason: Failure) -> Refused:

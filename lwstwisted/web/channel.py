@@ -54,7 +54,7 @@ from lwstwisted.flow import Valve
 from lwstwisted.interfaces import IBufferReceiver, IStreamingResource
 from lwstwisted.loop.presence import PeerWatch
 from lwstwisted.loop.tls import TLSTransport
-from lwstwisted.web.answers import answer_refusal, bare_answer, refusal_for, unread_bytes
+from lwstwisted.web.answers import answer_refusal, bare_answer, limit_unsent, refusal_for, unread_bytes
 from lwstwisted.web.body import RequestBody, Spool
 from lwstwisted.web.deadline import Deadline, MinimumRate
 from lwstwisted.web.outgoing import Outgoing
@@ -103,6 +103,7 @@ class StreamingChannel(Protocol):
         self._head_began = self._pumping = False
         self._keep_alive = True
         self._is_ended = False  # the client has ended its side
+        self._has_lingered = False  # it had its time to read an early answer
         self._valve = Valve(self._pause_below, self._below.resumeProducing)
         clock = self.factory.reactor
         # Ours looks at its socket itself; of a stock TLS transport this is the one beneath it.
@@ -113,6 +114,7 @@ class StreamingChannel(Protocol):
         self._is_shaking = ISSLTransport.providedBy(self._below)
         if ITCPTransport.providedBy(self._below):
             self._below.setTcpNoDelay(True)
+            limit_unsent(self._below)
         self._out = Outgoing(self, self._below, clock)
         if not self.factory.admit(self):
             self._turn_away()
@@ -149,7 +151,9 @@ class StreamingChannel(Protocol):
 
     def bufferReceived(self, view: memoryview) -> None:
         """See :class:`~lwstwisted.interfaces.IBufferReceiver`."""
-        if self._life is _Life.OPEN:
+        if self._has_lingered:
+            self.forceAbortClient()  # TLS waits for its goodbye, and it goes on sending instead
+        elif self._life is _Life.OPEN:
             self._is_shaking = False  # a protocol between us and TLS may not tell
             self._wire.receive(view)
             self.pump()
@@ -479,7 +483,7 @@ class StreamingChannel(Protocol):
             self._say_goodbye()
         elif self._life is _Life.LINGERING:
             self._valve.open("unread")
-            self._deadline.set(self._limits.linger_time, self._close)
+            self._deadline.set(self._limits.linger_time, self._end_linger)
         elif self._out.has_producer:
             self._set_deadline()
             self._out.go_on()
@@ -494,10 +498,12 @@ class StreamingChannel(Protocol):
     def _expect_reading(self, seconds: float) -> None:
         """Abort in ``seconds``, unless the client has read something of its answer by then."""
         before = unread_bytes(self._below)
+        # A client may not read more slowly than it may send; a little that is left has to be read at all.
+        least = max(1, min(before, int(self._limits.body_rate * seconds)))
 
         def look() -> None:
             # The kernel tells us of room when a third of its buffer is free: minutes, for a slow line.
-            if 0 < unread_bytes(self._below) < before:
+            if 0 < unread_bytes(self._below) <= before - least:
                 self._expect_reading(seconds)
             else:
                 self.forceAbortClient()
@@ -534,7 +540,11 @@ class StreamingChannel(Protocol):
         self._life = _Life.LINGERING
         self._valve.open("consumer")
         self._valve.open("buffered")
-        self._deadline.set(self._limits.linger_time, self._close)
+        self._deadline.set(self._limits.linger_time, self._end_linger)
+
+    def _end_linger(self) -> None:
+        self._has_lingered = True
+        self._close()
 
     def _close(self) -> None:
         if self._life in (_Life.OPEN, _Life.LINGERING):

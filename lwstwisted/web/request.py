@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from twisted.python.failure import Failure
 from twisted.web.http import RESPONSES
 from twisted.web.http_headers import Headers
 from twisted.web.server import Request
@@ -12,6 +13,8 @@ EARLY_HINTS = 103
 """RFC 8297."""
 
 CONTINUE = 100
+CLIENT_CLOSED = 499
+"""What the access log says of a request that got no answer because its connection was lost, as nginx' does."""
 _SWITCHING_PROTOCOLS = 101
 
 
@@ -28,6 +31,14 @@ class StreamingRequest(Request):
     def seconds(self) -> float:
         """How long it took since its head was complete, in seconds to the microsecond."""
         return round(float(cast(Any, self.site).reactor.seconds()) - self.arrived, 6)
+
+    def connectionLost(self, reason: Failure) -> None:
+        """See ``Request``; what was cut is in the access log as well."""
+        if not self.finished:
+            if not self.startedWriting:
+                self.code = CLIENT_CLOSED
+            cast(Any, self.site).log(self)
+        super().connectionLost(reason)  # type: ignore[no-untyped-call]
 
     def send_interim(self, status: int, headers: Headers | None = None) -> None:
         """Send an interim response (RFC 9110 section 15.2), as often as you like, before the response begins.
