@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import re
+import resource
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from twisted.application.service import MultiService
 from twisted.application.strports import service as listening_service
 from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.selectreactor import SelectReactor
 from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 from twisted.web.resource import Resource
@@ -26,18 +28,33 @@ from lwstwisted.stores.names import STATE_FOLDER
 from lwstwisted.uploads.resource import UploadResource
 from lwstwisted.web.accesslog import combined_log, json_log
 from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
-from lwstwisted.web.site import StreamingSite
+from lwstwisted.web.site import LINGERING, StreamingSite
 
 DEFAULT_PORT = 8443
 DEFAULT_ROOT = "uploads"
 FILES_PATH = b"files"
 """Where the files are: ``/files/…``."""
 
+BACKLOG = 1024
+"""Connections that the kernel holds for us while we are busy. With Twisted's 50, one of 1,000 that come together waits
+for as long as 17 s: its client knocks again after 1, 2, 4, ... seconds (tcp(7), tcp_syn_retries)."""
+
+OWN_DESCRIPTORS = 64 + LINGERING
+"""Of the reactor, the listeners, the store with a folder for each of its threads, and of clients that are turned away.
+Each other client has two: a socket and a file."""
+
+SELECTABLE = 1024
+"""Descriptors that select(2) can wait for."""
+
 LOG_FORMATS = {"combined": combined_log, "json": json_log}
 
 _SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.IGNORECASE)
 _PROXIED = "haproxy:"
 _LOOPBACK = {"tcp": "127.0.0.1", "ssl": "127.0.0.1", "tcp6": "::1", "tls": "::1"}
+_BEFORE_BACKLOG = {"tcp": 3, "ssl": 2, "tcp6": 2, "tls": 3, "unix": 2}
+"""How many fields there may be by position, the kind included, in front of one that would be the backlog."""
+_FIELD_END = re.compile(r"(?<!\\):")
+_NAMED_FIELD = re.compile(r"(?<!\\)=")
 
 
 class Options(UsageOptions):
@@ -126,6 +143,18 @@ def parse_limits(settings: Mapping[str, str]) -> Limits:
         raise UsageError(f"--limit: {str(error).replace('_', '-')}") from None
 
 
+def within_descriptors(limits: Limits, reactor: Any) -> Limits:
+    """Take no more connections than there are descriptors for: where they run out, uploads under way would fail.
+
+    The limit of this process is raised as far as it may be.
+    """
+    now, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = min(hard, SELECTABLE) if isinstance(reactor, SelectReactor) else hard
+    if now < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return replace(limits, connections=max(1, min(limits.connections, (most - OWN_DESCRIPTORS) // 2)))
+
+
 def on_loopback(description: str) -> str:
     """Bind an endpoint that says nothing of its interface to loopback.
 
@@ -133,14 +162,29 @@ def on_loopback(description: str) -> str:
     """
     if description.startswith(_PROXIED):
         return _PROXIED + on_loopback(description.removeprefix(_PROXIED))
-    fields = re.split(r"(?<!\\):", description)
+    fields = _FIELD_END.split(description)
     loopback = _LOOPBACK.get(fields[0])
-    positional = [field for field in fields[1:] if not re.search(r"(?<!\\)=", field)]
+    positional = [field for field in fields[1:] if not _NAMED_FIELD.search(field)]
     # tcp:PORT:INTERFACE is the only one of them that people write by position; an empty one says nothing.
     is_told = any(re.match("interface=.", field) for field in fields) or (fields[0] == "tcp" and any(positional[1:]))
     if loopback is None or is_told:
         return description
     return f"{description}:interface={loopback.replace(':', chr(92) + ':')}"
+
+
+def with_backlog(description: str) -> str:
+    """Let an endpoint that doesn't say how many connections may wait for us have :data:`BACKLOG` of them.
+
+    :param description: a server endpoint description.
+    """
+    if description.startswith(_PROXIED):
+        return _PROXIED + with_backlog(description.removeprefix(_PROXIED))
+    fields = _FIELD_END.split(description)
+    positional = [field for field in fields if not _NAMED_FIELD.search(field)]
+    is_told = any(field.startswith("backlog=") for field in fields)
+    if is_told or len(positional) > _BEFORE_BACKLOG.get(fields[0], 0):
+        return description
+    return f"{description}:backlog={BACKLOG}"
 
 
 class UploadService(MultiService):
@@ -181,7 +225,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
     site = StreamingSite(
         root,
         reactor,
-        options["limits"],
+        within_descriptors(options["limits"], reactor),
         logPath=options["access-log"],
         logFormatter=LOG_FORMATS[options["access-log-format"]],
     )
@@ -193,7 +237,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
         hints = curl_hints(options["port"], certificate)
     service = UploadService(site, store, hints)
     for description in endpoints:
-        listening_service(description, site, reactor).setServiceParent(service)
+        listening_service(with_backlog(description), site, reactor).setServiceParent(service)
     return service
 
 

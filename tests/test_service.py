@@ -7,6 +7,10 @@ import http.client
 import os
 import shlex
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from threading import Event
@@ -23,10 +27,22 @@ from twisted.python.usage import UsageError
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from lwstwisted import service
-from lwstwisted.service import Options, curl_hints, default_endpoint, makeService, on_loopback, parse_size
+from lwstwisted.service import (
+    BACKLOG,
+    OWN_DESCRIPTORS,
+    Options,
+    curl_hints,
+    default_endpoint,
+    makeService,
+    on_loopback,
+    parse_size,
+    with_backlog,
+)
 from lwstwisted.web.limits import MAX_LENGTH, Limits
-from tests.servers import PATIENCE, free_port
+from tests.servers import PATIENCE, free_port, serving, twistd
 from tests.test_uploads_transfer import GatedStore
+
+TOP = Path(__file__).parent.parent
 
 
 def parsed(*words: str) -> Options:
@@ -103,6 +119,92 @@ class LoopbackTests(SynchronousTestCase):
     def test_empty_position(self) -> None:
         """A colon too many is a mistake; it doesn't open the port to all."""
         self.assertIn("127.0.0.1", on_loopback("tcp:8080:"))
+
+
+class BacklogTests(SynchronousTestCase):
+    """Many clients that come together are not lost on the way."""
+
+    def test_unless_told(self) -> None:
+        for description in (
+            "tcp:8080",
+            "tcp:8080:127.0.0.1",
+            "tcp6:8080",
+            r"tcp6:8080:interface=\:\:1",
+            "ssl:1:privateKey=k:certKey=c",
+            "tls:/pems",
+            "tls:/pems:443",
+            "unix:/run/x.socket",
+            "haproxy:tcp:8080",
+        ):
+            self.assertEqual(with_backlog(description), f"{description}:backlog={BACKLOG}")
+
+    def test_as_told(self) -> None:
+        """Also by position, and where others have opened the socket."""
+        for description in (
+            "tcp:8080:127.0.0.1:5",
+            "tcp:8080:backlog=5:interface=127.0.0.1",
+            "tcp6:8080:5",
+            "tls:/pems:443:5",
+            "unix:/run/x.socket:666",
+            "systemd:domain=INET:index=0",
+            "haproxy:tcp:8080:backlog=5",
+        ):
+            self.assertEqual(with_backlog(description), description)
+
+    def test_kernel(self) -> None:
+        """The kernel has it: ss(8) reads the same file, or somebody's maximum (tcp(7), somaxconn)."""
+        folder = tempfile.TemporaryDirectory(prefix="lwstwisted-")
+        self.addCleanup(folder.cleanup)
+        with serving(twistd("--root", folder.name, "--listen", "tcp:0"), cwd=Path(folder.name)) as server:
+            (port,) = server.wait_for_ports()
+            most = int(Path("/proc/sys/net/core/somaxconn").read_text())
+            clients = []
+            server.process.send_signal(signal.SIGSTOP)  # so that it accepts nobody
+            try:
+                for _ in range(min(BACKLOG, most) // 2):
+                    client = socket.create_connection(("127.0.0.1", port), PATIENCE)
+                    self.addCleanup(client.close)
+                    clients.append(client)
+            finally:
+                server.process.send_signal(signal.SIGCONT)
+        self.assertGreater(len(clients), 100)
+
+
+class DescriptorTests(SynchronousTestCase):
+    """As many connections as there are descriptors for."""
+
+    PROGRAM = """
+import sys
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+from twisted.internet import epollreactor, selectreactor
+from lwstwisted.service import within_descriptors
+from lwstwisted.web.limits import Limits
+soft, hard, kind = sys.argv[1:]
+setrlimit(RLIMIT_NOFILE, (int(soft), int(hard)))
+reactor = {"epoll": epollreactor.EPollReactor, "select": selectreactor.SelectReactor}[kind]()
+limits = within_descriptors(Limits(connections=400, requests=7), reactor)
+print(limits.connections, limits.requests, *getrlimit(RLIMIT_NOFILE))
+"""
+
+    def limited(self, soft: int, hard: int, reactor: str) -> list[int]:
+        """In a process that may have so many descriptors: connections, requests, and how many it may have then."""
+        command = [sys.executable, "-c", self.PROGRAM, str(soft), str(hard), reactor]
+        done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, timeout=PATIENCE)
+        self.assertEqual(done.stderr, "")
+        return [int(word) for word in done.stdout.split()]
+
+    def test_enough(self) -> None:
+        """The soft limit, which is low for the sake of programs that use select(2), is raised as far as it may be."""
+        self.assertEqual(self.limited(256, 4096, "epoll"), [400, 7, 4096, 4096])
+
+    def test_few(self) -> None:
+        """Each connection may want a socket and a file."""
+        self.assertEqual(self.limited(512, 512, "epoll"), [(512 - OWN_DESCRIPTORS) // 2, 7, 512, 512])
+        self.assertEqual(self.limited(64, 64, "epoll"), [1, 7, 64, 64])
+
+    def test_select(self) -> None:
+        """A descriptor that select(2) can't wait for is of no use."""
+        self.assertEqual(self.limited(256, 4096, "select"), [400, 7, 1024, 4096])
 
 
 class OptionsTests(SynchronousTestCase):
