@@ -37,6 +37,7 @@ The map. Each number is a floor, and imports go downwards only
   uploads/            from requests to stored files
     announced.py   1  what a head says of the bytes behind it
     conditions.py  1  what a client believes of a file: If-Match and its like
+    origin.py      1  requests that a page of another site caused
     digests.py     1  what a client says its bytes hash to
     parts.py       1  the parts of a form: limits, names; no I/O
     pages.py       1  folders with their upload form, as HTML or JSON

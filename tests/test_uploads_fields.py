@@ -218,6 +218,43 @@ class FieldsContract:
         self.assertEqual((await self.ask("DELETE", "/files/x", If_Match=tag)).status, 204)
         self.assertFalse((self.root / "x").exists())
 
+    async def test_of_another_origin(self: Any) -> None:
+        """What a page of another site makes a browser send changes nothing; reading is harmless, as it sees nothing."""
+        (host, port), own = self.address, f"{self.address[0]}:{self.address[1]}"
+        await self.ask("PUT", "/files/x", b"here")
+        foreign: list[dict[str, str]] = [
+            {"Sec_Fetch_Site": "cross-site", "Origin": f"http://{own}"},
+            {"Sec_Fetch_Site": "same-site"},
+            {"Sec_Fetch_Site": ""},
+            {"Origin": "https://example.com"},
+            {"Origin": f"http://example.com:{port}"},
+            {"Origin": f"http://{host}:{port + 1}"},
+            {"Origin": f"http://{own}.example.com"},
+            {"Origin": "http://[::1"},
+            {"Origin": "null"},
+            {"Origin": ""},
+        ]
+        form = b'--b\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\nx\r\n--b--\r\n'
+        kind = {"Content_Type": "multipart/form-data; boundary=b"}
+        for fields in foreign:
+            for answer in (
+                await self.ask("POST", "/files/", form, **fields, **kind),
+                await self.ask("PUT", "/files/x", b"there", **fields),
+                await self.ask("DELETE", "/files/x", **fields),
+            ):
+                self.assertEqual((answer.status, b"another site" in answer.body), (403, True), fields)
+            self.assertEqual((await self.ask("GET", "/files/x", **fields)).body, b"here")
+        self.assertFalse((self.root / "f").exists())
+        for own_fields in (
+            {"Sec_Fetch_Site": "same-origin", "Origin": f"http://{own}"},
+            {"Sec_Fetch_Site": "same-origin", "Origin": "https://name-behind-a-proxy.example"},
+            {"Sec_Fetch_Site": "none"},
+            {"Origin": f"http://{own}"},
+            {"Origin": f"https://{own}"},
+        ):
+            answer = await self.ask("POST", "/files/", form, **own_fields, **kind)
+            self.assertEqual(answer.status, 201, own_fields)
+
     async def test_read_if_new(self: Any) -> None:
         """Who has the file already gets 304 with the tag and no content; a part of an older one is sent whole."""
         tag = (await self.ask("PUT", "/files/x", b"0123456789"))["ETag"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 import json
 import os
@@ -622,6 +624,19 @@ class Posting:
             self.assertTrue(
                 self.visible() == {"new folder/big.bin": data, "new folder/empty": b"", "new folder/old": b"x"}
             )
+
+    async def test_digest(self: Any) -> None:
+        """A form that was damaged on its way stores nothing, though it may look like one."""
+        body = form_of(part(b"content", "a"), part(b"x", "b"))
+        digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
+        for field in ("Content_Digest", "Repr_Digest"):
+            damaged = body.replace(b"content", b"contemt")
+            answer = await self.post("/files/", damaged, **{field: f"sha-256=:{digest}:"})
+            self.assertEqual((answer.status, b"send it again" in answer.body), (400, True))
+            self.assertEqual(self.visible(), {})
+        self.assertEqual((await self.post("/files/", body, Content_Digest="sha-256=nonsense")).status, 400)
+        self.assertEqual((await self.post("/files/", body, Content_Digest=f"sha-256=:{digest}:")).status, 201)
+        self.assertEqual(self.visible(), {"a": b"content", "b": b"x"})
 
     async def test_page_for_people(self: Any) -> None:
         """Whatever the names are, the page shows them as text, and its links lead to them."""

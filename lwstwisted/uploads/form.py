@@ -3,7 +3,8 @@
 All files of a form become visible together or not at all. Each goes to the store while it arrives, as one
 :class:`~lwstwisted.uploads.transfer.Transfer`, and becomes whole and durable there without a name; when the form has
 ended as it should, they get their names in one commit (``stores/batch.py``). Conditions of the request (If-Match and
-its like) hold for each of the files. Fields that are no files are limited, and otherwise ignored.
+its like) hold for each of the files, its digests for the form as it was sent. Fields that are no files are limited, and
+otherwise ignored.
 
 **Flow.** Events are *pulled* out of the parser, as everywhere here: the reader of a form is a coroutine that goes on to
 the next event when the store has taken the last one. While it waits (for a file to be opened, to be made durable, or
@@ -22,7 +23,9 @@ contains at most PARTS parts with HEADER_LINES lines each.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import cast
@@ -36,10 +39,11 @@ from zope.interface import implementer
 
 from lwstwisted import errors
 from lwstwisted.errors import BodyStopped, Refused
-from lwstwisted.interfaces import Check, IBufferReceiver, IRequestBody, Name, PartialFile, Store
+from lwstwisted.interfaces import NO_DIGESTS, Check, IBufferReceiver, IRequestBody, Name, PartialFile, Store
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.announced import require_identity, require_length
 from lwstwisted.uploads.conditions import Conditions
+from lwstwisted.uploads.digests import expected_digests
 from lwstwisted.uploads.pages import link, send_json, send_page, wants_json
 from lwstwisted.uploads.parts import SLICE, Part, PartReader, boundary_of
 from lwstwisted.uploads.transfer import Transfer
@@ -58,7 +62,8 @@ async def post_form(request: Request, body: IRequestBody, store: Store, folder: 
     boundary = boundary_of(list(request.requestHeaders.getRawHeaders(b"content-type") or []))
     require_length(request)
     require_identity(request)
-    form = Form(store, folder, boundary, max_size, Conditions(request).check)
+    conditions, digests = Conditions(request), expected_digests(request)
+    form = Form(store, folder, boundary, max_size, conditions.check, digests)
     try:
         await body.deliver_to(cast(IConsumer, form))
         stored = await form.finish()
@@ -94,13 +99,24 @@ class Form:
     :param boundary: of its parts.
     :param max_size: bytes of one file.
     :param check: what has to hold for the name of each file.
+    :param digests: what the whole form has to hash to, by ``hashlib`` name.
     """
 
-    def __init__(self, store: Store, folder: Name, boundary: bytes, max_size: int, check: Check) -> None:
+    def __init__(
+        self,
+        store: Store,
+        folder: Name,
+        boundary: bytes,
+        max_size: int,
+        check: Check,
+        digests: Mapping[str, bytes] = NO_DIGESTS,
+    ) -> None:
         self._batch = store.batch()
         self._folder = tuple([segment.encode() for segment in folder])
         self._max_size = max_size
         self._check = check
+        self._digests = digests
+        self._hashes = {name: hashlib.new(name, usedforsecurity=False) for name in digests}
         self._parts = PartReader(boundary)
         self._producer: IPushProducer | None = None
         self._is_paused = False
@@ -143,6 +159,8 @@ class Form:
         """See :class:`~lwstwisted.interfaces.IBufferReceiver`."""
         if self._failure is not None:
             return
+        for running in self._hashes.values():
+            running.update(view)
         self._slices.extend([bytes(view[at : at + SLICE]) for at in range(0, len(view), SLICE)])
         if self._is_hungry:
             self._is_hungry = False
@@ -180,6 +198,8 @@ class Form:
             raise self._failure
         if not self._names:
             raise Refused(errors.FORM_WITHOUT_FILE)
+        if any(running.digest() != self._digests[name] for name, running in self._hashes.items()):
+            raise Refused(errors.DIGEST_MISMATCH)
         are_new = await self._batch.commit()
         found = zip(self._names.items(), are_new, strict=True)
         return [Stored(name[-1], size, etag, is_new) for (name, (size, etag)), is_new in found]

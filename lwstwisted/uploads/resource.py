@@ -38,6 +38,7 @@ from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.conditions import Conditions, NotModified, is_range_wanted
 from lwstwisted.uploads.digests import repr_digest
 from lwstwisted.uploads.form import post_form
+from lwstwisted.uploads.origin import require_own_origin
 from lwstwisted.uploads.pages import send_listing
 from lwstwisted.uploads.put import put
 from lwstwisted.web.answers import answer_refusal, refusal_for
@@ -45,6 +46,9 @@ from lwstwisted.web.limits import MAX_LENGTH
 
 SPOOL_READ = 256 * 1024
 """Bytes read at once from a body that a stock ``Site`` has spooled."""
+
+SAFE_METHODS = {b"GET", b"HEAD", b"OPTIONS"}
+"""They change nothing (RFC 9110 section 9.2.1), so a page of another site may cause them."""
 
 _ISOLATED = b"sandbox; default-src 'none'"
 
@@ -77,6 +81,8 @@ class UploadResource(Resource):
         method = self._methods.get(request.method)
         if method is None:
             raise Refused(errors.METHOD_NOT_ALLOWED, {b"Allow": self._allowed(request)})
+        if request.method not in SAFE_METHODS:
+            require_own_origin(request)
         await method(request, body)
 
     def _allowed(self, request: Request) -> bytes:
