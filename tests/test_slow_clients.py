@@ -1,0 +1,363 @@
+"""A thousand clients that are slow on purpose, and more clients than descriptors: they lose, and nobody else does.
+
+The slow ones are slowhttptest, which others wrote, and for an answer that nobody reads plain sockets. The limits are
+short, as an operator sets them by ``--limit``; beside the flood somebody asks for a page all the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from unittest import skipUnless
+
+import pytest
+from twisted.trial.unittest import SynchronousTestCase
+
+from lwstwisted.service import OWN_DESCRIPTORS
+from lwstwisted.web.answers import UNSENT
+from tests.servers import (
+    PATIENCE,
+    Server,
+    free_port,
+    is_listening,
+    serving,
+    twistd,
+    unfinished_beneath,
+    visible_beneath,
+    wait_until,
+    write_sample,
+)
+
+TOP = Path(__file__).parent.parent
+MIB = 1024 * 1024
+SLOW = 1000
+LIMITS = {
+    "body-rate-time": 1,
+    "close-time": 1,
+    "connections-per-address": 0,
+    "head-time": 2,
+    "idle-time": 2,
+    "linger-time": 0.5,
+    "unread-time": 2,
+}
+TEST_TIME = 15
+"""Seconds after which slowhttptest gives up and says so; each of the deadlines above is over long before."""
+
+
+def status_of(port: int) -> int:
+    """Ask for a page on a new connection."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    try:
+        connection.request("GET", "/files/")
+        response = connection.getresponse()
+        response.read()
+        return response.status
+    finally:
+        connection.close()
+
+
+def rest_of(client: socket.socket) -> int:
+    """How many bytes are still to be read from a connection that is over."""
+    count = 0
+    try:
+        while data := client.recv(MIB):
+            count += len(data)
+    except ConnectionResetError:
+        pass
+    return count
+
+
+class Probe(Thread):
+    """Somebody who wants a page ten times a second.
+
+    :ivar said: a status for each time, or what went wrong.
+    """
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self._port = port
+        self._is_over = Event()
+        self.said: list[object] = []
+
+    def run(self) -> None:
+        while not self._is_over.wait(0.1):
+            try:
+                self.said.append(status_of(self._port))
+            except (OSError, http.client.HTTPException) as error:
+                self.said.append(error)
+
+    def stop(self) -> None:
+        """End it, after the answer that it waits for."""
+        self._is_over.set()
+        self.join(2 * PATIENCE)
+
+
+def ticks(server: Server) -> int:
+    """Processor time of a server so far, in hundredths of a second."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+class FloodCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="lwstwisted-")
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.root = self.folder / "root"
+
+    def serve(self, descriptors: int, **limits: float) -> tuple[Server, int]:
+        """A server that may have so many descriptors, and its port."""
+        command = ["prlimit", f"--nofile={descriptors}", *twistd("--root", self.root, "--listen", "tcp:0:backlog=1024")]
+        command += [f"--limit={name}={value}" for name, value in limits.items()]
+        server = self.enterContext(serving(command, cwd=self.folder))
+        (port,) = server.wait_for_ports()
+        # Threads and files of the store, which are opened when they are wanted first.
+        self.assertEqual(status_of(port), 200)
+        return server, port
+
+    def connect(self, port: int, count: int) -> list[socket.socket]:
+        """Connections that are made without waiting for the server."""
+        clients = []
+        for _ in range(count):
+            client = socket.socket()
+            self.addCleanup(client.close)
+            client.setblocking(False)
+            client.connect_ex(("127.0.0.1", port))
+            clients.append(client)
+        return clients
+
+
+@skipUnless(shutil.which("prlimit"), "prlimit (util-linux) is not installed")
+class SlowClientTests(FloodCase):
+    """1,000 connections, each of which costs its client next to nothing."""
+
+    @contextmanager
+    def flooded(self) -> Iterator[tuple[Server, int]]:
+        """Whatever happens inside: pages are served meanwhile, and no descriptor is left behind."""
+        server, port = self.serve(4 * SLOW, **LIMITS)
+        before = server.descriptors()
+        probe = Probe(port)
+        probe.start()
+        try:
+            yield server, port
+        finally:
+            probe.stop()
+        self.assertGreater(len(probe.said), 10)
+        self.assertEqual(set(probe.said), {200})
+        wait_until(lambda: server.descriptors() <= before, "all connections were given back")
+        self.assertNotIn("Traceback", server.text)
+
+    def slowhttptest(self, *options: str) -> str:
+        """Attack until all connections are closed, or the time is over. Returns how it ended."""
+        command = ["slowhttptest", "-c", str(SLOW), "-r", str(SLOW), "-l", str(TEST_TIME), "-p", "5", *options]
+        # It wants a descriptor for each connection and doesn't ask for them.
+        command = ["prlimit", f"--nofile={4 * SLOW}", *command]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=4 * TEST_TIME)
+        said = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", done.stdout)
+        self.assertRegex(said, r"service available: +YES")
+        ends = re.findall(r"Exit status: (.*)", said)
+        self.assertEqual(len(ends), 1, said + done.stderr)
+        return str(ends[0])
+
+    @pytest.mark.slow
+    @skipUnless(shutil.which("slowhttptest"), "slowhttptest is not installed")
+    def test_slow_heads(self) -> None:
+        """A field now and then doesn't extend the time that a head may take."""
+        with self.flooded() as (server, port):
+            end = self.slowhttptest("-H", "-i", "1", "-x", "10", "-u", f"http://127.0.0.1:{port}/files/")
+
+            def counted() -> list[int]:
+                return [int(count) for count in re.findall(r"(\d+) head_timeout", server.text)]
+
+            # What they sent was no request, so it is counted, and told in a line a second at most.
+            wait_until(lambda: sum(counted()) >= SLOW, "all of them were counted")
+            self.assertLess(len(counted()), TEST_TIME)
+        self.assertEqual(end, "No open connections left")
+
+    @pytest.mark.slow
+    @skipUnless(shutil.which("slowhttptest"), "slowhttptest is not installed")
+    def test_slow_bodies(self) -> None:
+        """Some bytes of a body a second are too few, and nothing of such uploads is left."""
+        with self.flooded() as (server, port):
+            url = f"http://127.0.0.1:{port}/files/slow"
+            end = self.slowhttptest("-B", "-i", "1", "-x", "10", "-s", str(MIB), "-t", "PUT", "-u", url)
+            self.assertEqual(server.text.count('"PUT /files/slow HTTP/1.1" 408 '), SLOW)
+        self.assertEqual(end, "No open connections left")
+        self.assertEqual(visible_beneath(self.root), [])
+        self.assertEqual(unfinished_beneath(self.root), [])
+
+    @pytest.mark.slow
+    def test_slow_reads(self) -> None:
+        """Who asks for a file and doesn't read it is cut."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4 * SLOW, hard), hard))
+        with self.flooded() as (server, port):
+            write_sample(self.root / "file", 8 * MIB)
+            before = server.descriptors()
+            clients = []
+            for _ in range(SLOW):
+                client = socket.create_connection(("127.0.0.1", port), PATIENCE)
+                self.addCleanup(client.close)
+                client.sendall(b"GET /files/file HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                clients.append(client)
+            wait_until(lambda: server.descriptors() <= before, "all of them were cut")
+            for client in clients:
+                self.assertEqual(client.recv(12), b"HTTP/1.1 200")
+                self.assertLess(rest_of(client), 8 * MIB)
+
+    @pytest.mark.slow
+    @skipUnless(shutil.which("slowhttptest"), "slowhttptest is not installed")
+    def test_trickled_reads(self) -> None:
+        """Nor do some bytes a second make a reader of whoever asks for a file."""
+        command = ["slowhttptest", "-X", "-c", str(SLOW), "-r", str(SLOW), "-l", str(4 * TEST_TIME)]
+        command += ["-w", "512", "-y", "1024", "-n", "1", "-z", "16"]
+        with self.flooded() as (server, port):
+            write_sample(self.root / "file", 8 * MIB)
+            before = server.descriptors()
+            url = f"http://127.0.0.1:{port}/files/file"
+            attacker = subprocess.Popen(
+                ["prlimit", f"--nofile={4 * SLOW}", *command, "-u", url], stdout=subprocess.DEVNULL
+            )
+            try:
+                wait_until(lambda: server.descriptors() > before + 100, "they had come")
+                # It reads on in what is there, and doesn't notice; so the server is looked at.
+                wait_until(lambda: server.descriptors() <= before, "all of them were cut")
+                self.assertIsNone(attacker.poll())
+            finally:
+                attacker.kill()
+                attacker.wait()
+
+
+def waiting_for(client: socket.socket) -> int:
+    """Bytes that the kernel holds for a client on this machine (proc_pid_net(5), tx_queue)."""
+    (_, port), (_, server) = client.getsockname(), client.getpeername()
+    for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1].endswith(f":{server:04X}") and fields[2].endswith(f":{port:04X}"):
+            return int(fields[4].partition(":")[0], 16)
+    raise AssertionError("there is no such connection")
+
+
+class UnreadTests(FloodCase):
+    """A client that doesn't read costs little, also in the kernel."""
+
+    def test_unsent(self) -> None:
+        """Of a long answer hardly more waits in the kernel than two slices."""
+        server, port = self.serve(1024)
+        write_sample(self.root / "file", 16 * MIB)
+        with socket.socket() as client:
+            client.settimeout(PATIENCE)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.sendall(b"GET /files/file HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            wait_until(lambda: waiting_for(client) >= UNSENT, "the kernel held what it may")
+            # Another one has its whole answer meanwhile, so the server has had time for more.
+            self.assertEqual(status_of(port), 200)
+            self.assertLess(waiting_for(client), 2 * UNSENT)
+            self.assertGreater(rest_of(client), 16 * MIB)  # it is slow, and gets everything
+        self.assertNotIn("Traceback", server.text)
+
+
+@skipUnless(shutil.which("prlimit"), "prlimit (util-linux) is not installed")
+class DescriptorTests(FloodCase):
+    """More clients than the server may have descriptors."""
+
+    CLIENTS = 200
+
+    def test_only_a_socket(self) -> None:
+        """An upload has no file before its bytes are worth a write."""
+        server, port = self.serve(1024)
+        before, files = server.descriptors(), server.open_beneath(self.root)
+        clients = []
+        for number in range(50):
+            client = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            self.addCleanup(client.close)
+            client.sendall(b"PUT /files/%d HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (number, MIB))
+            client.sendall(bytes(MIB // 8))
+            clients.append(client)
+        # The connection by which we asked may be among those before.
+        wait_until(lambda: server.descriptors() >= before + len(clients) - 1, "all of them were accepted")
+        self.assertEqual(status_of(port), 200)
+        self.assertEqual(server.open_beneath(self.root), files)
+        for client in clients:
+            client.sendall(bytes(MIB // 2))
+        wait_until(lambda: len(server.open_beneath(self.root)) == len(files) + len(clients), "each had a file")
+        for client in clients:
+            client.sendall(bytes(MIB - MIB // 2 - MIB // 8))
+            self.assertEqual(client.recv(12), b"HTTP/1.1 201")
+
+    def test_uploads_under_way(self) -> None:
+        """Who was let in has descriptors for all of an upload, and the others are told to come again."""
+        server, port = self.serve(400, connections_per_address=0)
+        clients = self.connect(port, 300)
+        for number, client in enumerate(clients):
+            client.settimeout(PATIENCE)
+            wait_until(lambda client=client: client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0, "it came")
+            head = b"PUT /files/%d HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (number, MIB)
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                client.sendall(head + bytes(MIB // 2))
+        taken = (400 - OWN_DESCRIPTORS) // 2
+        wait_until(lambda: len(server.open_beneath(self.root)) >= taken, "each that was let in had its file")
+        said = []
+        for client in clients:
+            try:
+                client.sendall(bytes(MIB // 2))
+                said.append(client.recv(12))
+            except (ConnectionResetError, BrokenPipeError):
+                said.append(b"")
+        self.assertEqual(said.count(b"HTTP/1.1 201"), taken)
+        self.assertEqual(len(visible_beneath(self.root)), taken)
+        self.assertEqual(set(said) - {b"HTTP/1.1 201", b"HTTP/1.1 503", b""}, set())
+        self.assertIn(b"HTTP/1.1 503", said)
+        self.assertNotIn("Traceback", server.text)
+
+    @pytest.mark.slow
+    def test_no_descriptor_left(self) -> None:
+        """In an application that doesn't look after its descriptors: who is connected stays so, and it all passes.
+
+        Uploads are told to come again, the log stays small, and the processor idle.
+        """
+        port = free_port()
+        command = ["prlimit", "--nofile=64", sys.executable, TOP / "examples" / "embed.py", str(port), self.root]
+        server = self.enterContext(serving(command, cwd=self.folder, environment={"PYTHONPATH": str(TOP)}))
+        kept = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        self.addCleanup(kept.close)
+
+        def ask(method: str, path: str, body: bytes | None = None) -> int:
+            kept.request(method, path, body)
+            response = kept.getresponse()
+            response.read()
+            return response.status
+
+        wait_until(lambda: server.process.poll() is not None or is_listening(port), "the example listens")
+        self.assertEqual(ask("PUT", "/files/first", b"contents"), 201)
+        before, lines = server.descriptors(), len(server.log)
+        clients = self.connect(port, self.CLIENTS)
+        wait_until(lambda: server.descriptors() >= 63, "there was no descriptor left")
+        first = ticks(server)
+        time.sleep(1)  # over which the processor time is taken
+        self.assertLess(ticks(server) - first, os.sysconf("SC_CLK_TCK") / 2)
+        self.assertEqual(ask("OPTIONS", "/files/"), 204)
+        self.assertEqual(ask("PUT", "/files/second", b"contents"), 503)
+        self.assertLess(len(server.log) - lines, 4 * self.CLIENTS)
+        for client in clients:
+            client.close()
+        wait_until(lambda: server.descriptors() <= before, "the descriptors of those who left were given back")
+        self.assertEqual(status_of(port), 200)
+        self.assertEqual(ask("PUT", "/files/second", b"contents"), 201)
+        self.assertEqual(visible_beneath(self.root), ["first", "second"])
+        self.assertNotIn("Traceback", server.text)
