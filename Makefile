@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed$(HERE)
 INSTALLED_TEST := $(VENV)/.installed-test$(HERE)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick bench suites lint clean
+.PHONY: help run test quick bench fuzz suites lint clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -41,6 +41,10 @@ bench: $(INSTALLED_TEST)  ## what the loop costs, beside stock Twisted and a loo
 
 suites: $(INSTALLED_TEST)  ## Twisted's own suites on its reactors and on ours (six minutes)
 	$(BIN)/python -m tests.suites
+
+fuzz: $(INSTALLED_TEST)  ## look for bytes that break framing or forms (ten minutes)
+	@$(PIP) install --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz
 
 lint: $(INSTALLED_TEST)  ## linter and type checks
 	$(BIN)/ruff check .

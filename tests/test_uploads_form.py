@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from multipart import PushMultipartParser
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.threads import deferToThread
@@ -29,7 +30,7 @@ from lwstwisted import errors
 from lwstwisted.errors import BodyStopped, Refusal, Refused
 from lwstwisted.interfaces import Batch, Name, anything
 from lwstwisted.stores.local import LocalStore
-from lwstwisted.uploads import transfer
+from lwstwisted.uploads import parts, transfer
 from lwstwisted.uploads.form import FIELD_BYTES, Form
 from lwstwisted.uploads.parts import (
     BOUNDARY_LENGTH,
@@ -272,6 +273,13 @@ class RefusalTests(SynchronousTestCase):
         for values in ([], [b"multipart/form-data; boundary=x"] * 2):
             with self.assertRaises(Refused):
                 boundary_of(values)
+
+
+class OtherParserTests(RefusalTests):
+    """With a version of the parser that doesn't show its lines to us."""
+
+    def setUp(self) -> None:
+        self.patch(parts, "_Parser", PushMultipartParser)
 
 
 class FilenameTests(SynchronousTestCase):

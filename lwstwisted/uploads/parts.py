@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
-from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
+from multipart import MultipartError, MultipartSegment, ParserError, ParserLimitReached, PushMultipartParser
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
@@ -52,6 +52,7 @@ _EXTENDED = re.compile(
     r"(UTF-8|ISO-8859-1)'[0-9A-Za-z-]*'((?:[0-9A-Za-z!#$&+\-.^_`|~]|%[0-9A-Fa-f]{2})*)", re.IGNORECASE
 )
 """RFC 8187 section 3.2.1; ISO-8859-1 is of its predecessor, RFC 5987."""
+_HEADER_LINE = re.compile(rb"[0-9A-Za-z!#$%&'*+\-.^_`|~]+:[^\x00-\x08\x0a-\x1f\x7f]*")
 _AS_IT_IS = {"7bit", "8bit", "binary"}
 
 
@@ -89,6 +90,28 @@ def boundary_of(content_types: list[bytes]) -> bytes:
     return found[0]
 
 
+class _Parser(PushMultipartParser):  # type: ignore[misc]
+    """Looks at each header line before blanks, other white space and line ends around its name are taken away.
+
+    The parser has no public way to see a line as it came. Where a version of it has other methods, these are never
+    called, and what it made of a line is all that is checked (:func:`_part_of`).
+    """
+
+    _head_bytes = 0
+
+    def _on_segment_headerline(self, line: bytes) -> None:
+        self._head_bytes += len(line) + len(b"\r\n")
+        if self._head_bytes > HEADER_BYTES:
+            raise ParserLimitReached("Maximum segment header length exceeded")
+        if not _HEADER_LINE.fullmatch(line):
+            raise ParserError("Malformed segment header")
+        super()._on_segment_headerline(line)
+
+    def _create_segment(self, headerlist: list[tuple[str, str]]) -> MultipartSegment:
+        self._head_bytes = 0
+        return super()._create_segment(headerlist)
+
+
 class PartReader:
     """Reads one form.
 
@@ -103,7 +126,7 @@ class PartReader:
         self._epilogue = 0
         self._is_complete = False
         # A line of HEADER_BYTES is too long together with its end, so this limit never decides alone.
-        self._parser = PushMultipartParser(
+        self._parser = _Parser(
             boundary,
             max_header_size=HEADER_BYTES,
             max_header_count=HEADER_LINES,
@@ -175,7 +198,8 @@ class PartReader:
 
 def _part_of(segment: MultipartSegment) -> Part:
     lines: list[tuple[str, str]] = segment.headerlist
-    if sum(len(name) + len(value.encode()) + 4 for name, value in lines) > HEADER_BYTES:
+    # Both have been looked at in the lines as they came, unless the parser doesn't let us (see _Parser).
+    if sum(len(name) + len(value.encode()) + len(b": \r\n") for name, value in lines) > HEADER_BYTES:
         raise Refused(errors.FORM_TOO_LARGE)
     fields = {name.lower(): value for name, value in lines}
     if len(fields) < len(lines) or any(_CONTROL.search(value) for _, value in lines):

@@ -183,6 +183,7 @@ class Wire:
                     return event
         except Refused:
             self.state = State.CLOSED
+            self._input = memoryview(b"")  # a connection that lingers has no use for it
             raise
 
     def _take(self, count: int) -> memoryview:
@@ -201,11 +202,13 @@ class Wire:
             return None
         end = raw.find(_BLANK_LINE, max(0, self._scanned - len(_BLANK_LINE)))
         known = len(raw) - raw.endswith(b"\r") if end < 0 else end + len(_BLANK_LINE)
-        if _BAD_BYTES.search(raw, max(0, self._scanned - 1), known):
+        bad = _BAD_BYTES.search(raw, max(0, self._scanned - 1), known)
+        # Whatever comes first decides, as it does for a head that comes byte by byte.
+        _check_sizes(raw[: bad.end() - 1 if bad else known], self._scanned, self._limits)
+        if bad:
             raise Refused(errors.BAD_BYTES)
         if end < 0:
             self._scanned = known
-            _check_partial_head(raw[:known], self._limits)
             return Signal.NEED_DATA
         head = _parse_head(raw[:known], self._limits)
         self._take(known)
@@ -237,15 +240,15 @@ class Wire:
         return piece
 
     def _line(self, limit: int, refusal: errors.Refusal) -> bytes | None:
-        """Take a line with its CRLF, or None if it has not arrived whole."""
+        """Take a line with its CRLF, or None if it has not arrived whole; ``limit`` is without CRLF."""
         raw = bytes(self._input[:_SHORT_LINE])
         end = raw.find(b"\n") + 1
         if not end and len(self._input) > _SHORT_LINE:
             raw = bytes(self._input[: limit + len(_CRLF)])
             end = raw.find(b"\n") + 1
+        if len(raw[: end or None].removesuffix(b"\n").removesuffix(b"\r")) > limit:
+            raise Refused(refusal)
         if not end:
-            if len(raw) > limit:
-                raise Refused(refusal)
             return None
         self._take(end)
         return raw[:end]
@@ -297,13 +300,14 @@ class Wire:
         return End(self._trailers)
 
 
-def _check_partial_head(raw: bytes, limits: Limits) -> None:
-    """Refuse a head that will be too large, before it is."""
-    line_end = raw.find(_CRLF)
-    if line_end < 0 and len(raw) > limits.line_bytes + _REQUEST_LINE_FRAME:
+def _check_sizes(raw: bytes, scanned: int, limits: Limits) -> None:
+    """Refuse a head that is too large, or will be; what was scanned before has been checked but for its last line."""
+    begin = raw.rfind(_CRLF, 0, scanned) + len(_CRLF)
+    is_first = begin < len(_CRLF)
+    lines = raw[0 if is_first else begin :].split(_CRLF)
+    if is_first and len(lines.pop(0)) > limits.line_bytes + _REQUEST_LINE_FRAME:
         raise Refused(errors.TARGET_TOO_LONG)
-    last_line = len(raw) - raw.rfind(_CRLF) - len(_CRLF) if line_end >= 0 else 0
-    if len(raw) > limits.head_bytes or last_line > limits.line_bytes:
+    if len(raw) > limits.head_bytes or any(len(line) > limits.line_bytes for line in lines):
         raise Refused(errors.HEAD_TOO_LARGE)
 
 
@@ -320,18 +324,16 @@ class _Collector:
 
 
 def _parse_head(raw: bytes, limits: Limits) -> Head:
-    """Parse a head that ends in an empty line and has no bad bytes."""
+    """Parse a head that ends in an empty line, has no bad bytes, and is not too large."""
     match = _REQUEST_LINE.match(raw)
     if match is None:
         raise Refused(errors.BAD_REQUEST_LINE)
     method, target, version = match.groups()
     if version not in (b"1.1", b"1.0"):
         raise Refused(errors.BAD_VERSION)
-    if len(target) > limits.line_bytes or match.end() - len(_CRLF) > limits.line_bytes + _REQUEST_LINE_FRAME:
+    if len(target) > limits.line_bytes:
         raise Refused(errors.TARGET_TOO_LONG)
     lines = raw[match.end() : -len(_CRLF)]
-    if len(raw) > limits.head_bytes or any(len(line) > limits.line_bytes for line in lines.split(_CRLF)):
-        raise Refused(errors.HEAD_TOO_LARGE)
     count = lines.count(_CRLF)
     if count > limits.header_lines:
         raise Refused(errors.HEAD_TOO_LARGE)
