@@ -44,6 +44,7 @@ The map. Each number is a floor, and imports go downwards only
     transfer.py    2  the bytes of one upload on their way to the store
     put.py         3  PUT
     form.py        3  POST multipart/form-data
+    openapi.py     4  the service described for programs: OpenAPI
     resource.py    5  which method goes where; downloads and listings
   service.py       6  options, and how it all is put together and taken down
   __main__.py      7  the command line

@@ -19,12 +19,11 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.selectreactor import SelectReactor
 from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
-from twisted.web.resource import Resource
-from twisted.web.util import Redirect
 
 from lwstwisted.certificate import ensure_development_certificate
 from lwstwisted.stores.local import LocalStore
 from lwstwisted.stores.names import STATE_FOLDER
+from lwstwisted.uploads.openapi import Paths, describe, published, redirection
 from lwstwisted.uploads.resource import UploadResource
 from lwstwisted.web.accesslog import combined_log, json_log
 from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
@@ -219,9 +218,11 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
     if reactor is None:
         from twisted.internet import reactor
     store = LocalStore(options["root"], reactor, durability=options["durability"])
-    root = Resource()
-    root.putChild(b"", Redirect(b"/" + FILES_PATH + b"/"))
+    root = Paths()  # type: ignore[no-untyped-call]
+    root.putChild(b"", redirection(b"/" + FILES_PATH + b"/"))
     root.putChild(FILES_PATH, UploadResource(store, options["max-size"]))
+    document = describe(f"/{FILES_PATH.decode()}/", options["max-size"], options["limits"])
+    root.putChild(b"openapi.json", published(document))
     site = StreamingSite(
         root,
         reactor,

@@ -343,6 +343,9 @@ class ServiceTests(TestCase):
         self.assertEqual(await deferToThread(self.ask, port, "PUT", "/files/x", b"body"), (201, b""))
         self.assertEqual(await deferToThread(self.ask, port, "GET", "/files/x"), (200, b"body"))
         self.assertEqual((await deferToThread(self.ask, port, "GET", "/"))[0], 302)
+        for path in ("/none", "/none/<b>", "/openapi.json/x"):
+            status, said = await deferToThread(self.ask, port, "PUT", path)
+            self.assertEqual((status, said), (404, b"There is no such file.\n"), path)
         self.assertEqual((self.folder / "root" / "x").read_bytes(), b"body")
 
     async def test_max_size(self) -> None:

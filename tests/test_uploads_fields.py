@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from email.utils import formatdate
+from datetime import UTC, datetime
+from email.utils import formatdate, parsedate_to_datetime
 from itertools import product
 from typing import Any
 
@@ -101,7 +102,16 @@ class ConditionTests(SynchronousTestCase):
         values = ("new", '"a', '"a" "b"', "*, *", '"a", b', "W/", "\x7f")
         for field, value in product(("if_match", "if_none_match"), values):
             self.assertEqual(outcome(FILE, **{field: value}), 400, value)
-        self.assertEqual(outcome(FILE, if_unmodified_since="yesterday"), 200)
+        for value in ("yesterday", "", "Sun, 06 Nov 1994 99:49:37 GMT", "\xe9"):
+            self.assertEqual(outcome(FILE, if_unmodified_since=value), 200, value)
+
+    def test_forms_of_dates(self) -> None:
+        """A date has three forms (RFC 9110 section 5.6.7), and may be before 1970."""
+        at = datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC).timestamp()
+        for value in ("Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994"):
+            for modified, status in ((at, 200), (at + 1, 412)):
+                self.assertEqual(outcome(Found('"x"', 3, modified), if_unmodified_since=value), status, value)
+        self.assertEqual(outcome(FILE, if_unmodified_since="Thu, 25 Aug 1960 14:00:47 GMT"), 412)
 
     def test_if_range(self) -> None:
         """A part is sent only of the file that the client has the other part of."""
@@ -264,6 +274,10 @@ class FieldsContract:
         self.assertEqual((await self.ask("GET", "/files/x", Range="bytes=2-3", If_Range=tag)).body, b"23")
         self.assertEqual((await self.ask("GET", "/files/x", Range="bytes=2-3", If_Range='"other"')).body, b"0123456789")
         modified = (await self.ask("GET", "/files/x"))["Last-Modified"]
+        self.assertEqual((await self.ask("GET", "/files/x", Range="bytes=2-3", If_Range=modified)).body, b"23")
+        self.assertEqual((await self.ask("GET", "/files/x", Range="bytes=2-3", If_Range=date(0))).body, b"0123456789")
+        self.assertEqual((await self.ask("GET", "/files/x", If_Unmodified_Since=modified)).status, 200)
+        self.assertEqual(parsedate_to_datetime(modified).timestamp(), int((self.root / "x").stat().st_mtime))
         self.assertEqual((await self.ask("GET", "/files/x", If_Modified_Since=modified)).status, 304)
         self.assertEqual((await self.ask("GET", "/files/x", If_Match='"other"')).status, 412)
 

@@ -383,8 +383,9 @@ class Uploading:
             (errors.NAME_ENCODING, every, ["%c0%ae%c0%ae/x", "%c0%af", "%e0%80%af", "%ff", "%ed%a0%80", "a%80"]),
             (errors.NAME_CONTROL, every, ["a%00b", "%00", "a%00/x", "a%0ab", "a%0d%0ab", "a%7f", "a%1b%5b1m"]),
             (errors.NAME_CONTROL, every, ["%c2%85", "%e2%80%a8"]),
-            (errors.NAME_EMPTY, every, ["/x", "/", "a//x", "//etc/passwd"]),
-            (errors.NAME_EMPTY, ("PUT", "DELETE"), ["", "a/", "folder/"]),
+            (errors.NAME_EMPTY, every, ["/x", "a//x", "//etc/passwd"]),
+            (errors.NAME_EMPTY, ("GET", "HEAD"), ["/"]),
+            (errors.METHOD_NOT_ALLOWED, ("PUT", "DELETE"), ["", "/", "a/", "folder/"]),
             (errors.NAME_TOO_LONG, every, ["x" * 256, "%c3%a9" * 128, "a/" + "x" * 256, long_path]),
             (errors.NAME_RESERVED, every, [".lwstwisted", ".lwstwisted/partial/x", ".LWSTwisted/x"]),
             (errors.NAME_RESERVED, every, ["%2elwstwisted/x"]),
@@ -401,7 +402,7 @@ class Uploading:
                         self.assertEqual((answer.status, answer.body), (refusal.status, b""), (method, path))
                     else:
                         self.assert_refused(answer, refusal, (method, path))
-        self.assert_refused(await self.ask("PUT", "/files", b"evil"), errors.IS_FOLDER)
+        self.assert_refused(await self.ask("PUT", "/files", b"evil"), errors.METHOD_NOT_ALLOWED)
         self.assertEqual((everything(self.folder / "root"), everything(outside)), before)
 
     async def test_bad_fields(self: Any) -> None:

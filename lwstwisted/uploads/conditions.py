@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from typing import NoReturn
 
-from twisted.web.http import stringToDatetime
 from twisted.web.server import Request
 
 from lwstwisted import errors
@@ -18,6 +19,9 @@ from lwstwisted.errors import Refused
 from lwstwisted.interfaces import Found
 
 _ENTITY_TAG = re.compile(rb'[ \t]*(W/)?("[\x21\x23-\x7e\x80-\xff]*")[ \t]*(?:,|$)')
+_RANGE = re.compile(rb"[ \t]*(?:([0-9]{1,99})-([0-9]{0,99})|-([0-9]{1,99}))[ \t]*")
+_RANGES = 100
+"""Ranges of one request; who asks for more gets the whole file, which is less than they may add up to."""
 _READS = (b"GET", b"HEAD")
 
 
@@ -73,6 +77,29 @@ def is_range_wanted(request: Request, found: Found) -> bool:
     return _seconds(value) == int(found.modified)
 
 
+def satisfiable_range(value: bytes, size: int) -> bytes | None:
+    """A Range field (RFC 9110 section 14.1.2) without what is not in the file.
+
+    ``twisted.web.static`` fails where a suffix is longer than the file, and where several ranges are behind its end.
+
+    :param size: bytes of the file.
+    :returns: None for a field that is to be ignored; a range behind the end where no byte is in the file.
+    """
+    unit, _, ranges = value.partition(b"=")
+    if unit.strip().lower() != b"bytes" or ranges.count(b",") >= _RANGES:
+        return None
+    found = []
+    for match in map(_RANGE.fullmatch, ranges.split(b",")):
+        if match is None:
+            return None
+        first, last = (int(match[1]), int(match[2] or size)) if match[1] else (max(0, size - int(match[3])), size)
+        if match[2] and last < first:
+            return None
+        if first < size:
+            found.append(b"%d-%d" % (first, min(last, size - 1)))
+    return b"bytes=" + (b",".join(found) or b"%d-" % size)
+
+
 def _matches(tags: list[tuple[bool, bytes]], found: Found | None, is_strong: bool) -> bool:
     if found is None:
         return False
@@ -109,8 +136,9 @@ def _date(request: Request, name: bytes) -> int | None:
 
 def _seconds(value: bytes) -> int | None:
     try:
-        seconds: int = stringToDatetime(value)
-        return seconds
-    except (ValueError, IndexError):
+        date = parsedate_to_datetime(value.decode("ascii"))
+    except ValueError:
         return None
+    # Without a zone it is asctime's form, which means UTC here (RFC 9110 section 5.6.7).
+    return int((date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp())
 

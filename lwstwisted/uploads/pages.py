@@ -61,6 +61,7 @@ def _send(request: Request, kind: bytes, text: str) -> None:
     request.setHeader(b"Content-Type", kind)
     request.setHeader(b"Content-Length", b"%d" % len(data))
     request.setHeader(b"X-Content-Type-Options", b"nosniff")
+    request.setHeader(b"Vary", b"Accept")
     request.write(data)
     request.finish()
 

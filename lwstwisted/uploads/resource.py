@@ -35,7 +35,7 @@ from lwstwisted import errors
 from lwstwisted.errors import BodyStopped, Refused
 from lwstwisted.interfaces import Found, IRequestBody, IStreamingResource, Name, Store
 from lwstwisted.stores.names import parse_name
-from lwstwisted.uploads.conditions import Conditions, NotModified, is_range_wanted
+from lwstwisted.uploads.conditions import Conditions, NotModified, is_range_wanted, satisfiable_range
 from lwstwisted.uploads.digests import repr_digest
 from lwstwisted.uploads.form import post_form
 from lwstwisted.uploads.origin import require_own_origin
@@ -78,15 +78,16 @@ class UploadResource(Resource):
 
     async def receive(self, request: Request, body: IRequestBody) -> None:
         """See :class:`~lwstwisted.interfaces.IStreamingResource`."""
-        method = self._methods.get(request.method)
-        if method is None:
-            raise Refused(errors.METHOD_NOT_ALLOWED, {b"Allow": self._allowed(request)})
+        allowed = self._allowed(request)
+        if request.method not in allowed:
+            raise Refused(errors.METHOD_NOT_ALLOWED, {b"Allow": b", ".join(allowed)})
         if request.method not in SAFE_METHODS:
             require_own_origin(request)
-        await method(request, body)
+        await self._methods[request.method](request, body)
 
-    def _allowed(self, request: Request) -> bytes:
-        return b", ".join(method for method in self._methods if method != b"POST" or _is_folder(request))
+    def _allowed(self, request: Request) -> list[bytes]:
+        unfit = (b"DELETE", b"PUT") if _is_folder(request) else (b"POST",)
+        return [method for method in self._methods if method not in unfit]
 
     def render(self, request: Request) -> int:
         """Take a request whose body a stock ``Site`` has spooled."""
@@ -102,8 +103,6 @@ class UploadResource(Resource):
         await put(request, body, self._store, parse_name(request.postpath or []), self._max_size)
 
     async def _post(self, request: Request, body: IRequestBody) -> None:
-        if not _is_folder(request):
-            raise Refused(errors.METHOD_NOT_ALLOWED, {b"Allow": self._allowed(request)})
         await post_form(request, body, self._store, parse_name((request.postpath or [])[:-1]), self._max_size)
 
     async def _delete(self, request: Request, body: IRequestBody) -> None:
@@ -115,7 +114,7 @@ class UploadResource(Resource):
 
     async def _options(self, request: Request, body: IRequestBody) -> None:
         request.setResponseCode(NO_CONTENT)
-        request.setHeader(b"Allow", self._allowed(request))
+        request.setHeader(b"Allow", b", ".join(self._allowed(request)))
         request.finish()
 
     async def _get(self, request: Request, body: IRequestBody) -> None:
@@ -123,6 +122,7 @@ class UploadResource(Resource):
         is_folder = _is_folder(request)
         name = parse_name(segments[:-1] if is_folder else segments)
         if not is_folder:
+            Conditions(request)  # one that can't be read is refused whatever has the name
             try:
                 fd = await self._store.open_file(name)
             except Refused as refused:
@@ -156,11 +156,12 @@ def _send_file(request: Request, name: Name, fd: int, found: Found) -> None:
             request.setResponseCode(NOT_MODIFIED)
             request.finish()
             return
-        if not is_range_wanted(request, found):
-            request.requestHeaders.removeHeader(b"range")
+        wanted = b",".join(request.requestHeaders.getRawHeaders(b"range", []))
+        ranges = satisfiable_range(wanted, found.size) if is_range_wanted(request, found) else None
+        request.requestHeaders.setRawHeaders(b"range", [] if ranges is None else [ranges])
         for field in (b"if-none-match", b"if-modified-since"):
             request.requestHeaders.removeHeader(field)  # judged, and twisted.web would judge them again
-        file = File(f"/proc/self/fd/{fd}")
+        file = _Download(f"/proc/self/fd/{fd}")
         file.type, file.encoding = getTypeAndEncoding(
             name[-1], File.contentTypes, {}, "application/octet-stream"
         )
@@ -169,6 +170,13 @@ def _send_file(request: Request, name: Name, fd: int, found: Found) -> None:
         request.render(file)
     finally:
         os.close(fd)
+
+
+class _Download(File):
+    """Rounds the time of the file down, as the conditions do. Rounded up it may lie in the future."""
+
+    def getModificationTime(self) -> int:
+        return int(super().getModificationTime())
 
 
 def _quoted(name: str) -> bytes:
