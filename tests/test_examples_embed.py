@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.servers import PATIENCE, Server, free_port, is_listening, serving, wait_until
+from tests.servers import PATIENCE, Server, free_port, is_listening, serving, visible_beneath, wait_until
 
 TOP = Path(__file__).parent.parent
 MAX_SIZE = 2**20
@@ -63,6 +64,20 @@ class EmbedTests(EmbeddingMixin, SynchronousTestCase):
     """``examples/embed.py``."""
 
     EXAMPLE = "embed.py"
+
+    def test_ends(self) -> None:
+        """It ends when it is told to, in the middle of an upload as well, and leaves nothing of that."""
+        for how in (signal.SIGINT, signal.SIGTERM):
+            with (
+                self.running() as (server, port, folder),
+                socket.create_connection(("127.0.0.1", port), PATIENCE) as client,
+            ):
+                client.sendall(b"PUT /files/f HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % MAX_SIZE)
+                client.sendall(bytes(MAX_SIZE // 2))
+                wait_until(lambda folder=folder, server=server: server.open_beneath(folder / "."), "it was begun")
+                server.end(how)
+                self.assertEqual(visible_beneath(folder), [])
+                self.assertNotIn("Traceback", server.text)
 
     def test_beside_the_application(self) -> None:
         """The application has its paths, the uploads have theirs, and what is fetched is what was sent."""

@@ -57,7 +57,7 @@ from threading import Lock
 from typing import TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IReactorFromThreads
+from twisted.internet.interfaces import IReactorCore, IReactorFromThreads
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -447,6 +447,13 @@ class LocalStore:
         self._threads = _Threads(cast(IReactorFromThreads, reactor), threads)
         self._partials: set[LocalPartial] = set()
         self._batches: set[LocalBatch] = set()
+        # A process whose threads go on doesn't end.
+        self._core = IReactorCore(reactor, None)
+        self._at_shutdown = self._core and self._core.addSystemEventTrigger("before", "shutdown", self._shut_down)
+
+    def _shut_down(self) -> Deferred[None]:
+        self._at_shutdown = None
+        return Deferred.fromCoroutine(self.stop())
 
     async def create(
         self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
@@ -483,7 +490,13 @@ class LocalStore:
         await self._threads.run(self._tree.delete, encoded(name), check)
 
     async def stop(self) -> None:
-        """Refuse new calls, wait for those under way, drop unfinished files, end the threads."""
+        """Refuse new calls, wait for those under way, drop unfinished files, end the threads.
+
+        It happens by itself when the reactor shuts down, and may be repeated.
+        """
+        trigger, self._at_shutdown = self._at_shutdown, None
+        if trigger is not None:
+            self._core.removeSystemEventTrigger(trigger)
         self._threads.stopping = True
         await self._threads.idle()
         for partial in list(self._partials):
