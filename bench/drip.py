@@ -1,11 +1,12 @@
-"""Thousands of connections that drip: what does one cost the server that it is kept waiting on?
+"""Thousands of connections that drip: what does one cost the server, and what others that it serves meanwhile?
 
 ``python -m bench.drip [CONNECTIONS]`` starts the service, opens so many connections (10,000 by default), begins a
 request on each of them, and sends a little more of it on each in turn for as long as SECONDS. That is done with heads
 and with uploads of unknown length, plain and by TLS. It prints the server's memory, what that is for each connection,
-and the processor time it took.
+and the processor time it took. Then one client uploads as fast as it can, alone and beside 2,000 that drip once a
+second.
 
-It needs a descriptor for each connection and, in the server, one more for its file: ``ulimit -n 25000``, or root.
+The server has to be allowed two descriptors for each connection: ``ulimit -n 25000``, or root.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ import resource
 import selectors
 import socket
 import ssl
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+from bench.processes import PATIENCE, hear, process
 from lwstwisted.certificate import ensure_development_certificate
 from tests.servers import Server, serving, tls_endpoint, twistd
 
 SECONDS = 10.0
 BATCH = 100
-"""Connections that are begun together: fewer than a listening socket holds back."""
+"""Connections that are begun together."""
 REQUESTS = {
     "heads": (b"GET /files/%d HTTP/1.1\r\nHost: localhost\r\n", b"X: y\r\n"),
     "uploads": (
@@ -35,6 +39,11 @@ REQUESTS = {
 }
 """How each begins, and how it goes on."""
 SPARE = 500
+BESIDE = 2000
+RUNS = 5
+BLOCK = 256 * 1024
+UPLOAD = 1024 * BLOCK
+"""Bytes of the fast upload."""
 LIMITS = (
     "body-rate=0",
     "body-time=600",
@@ -141,6 +150,58 @@ def measure(kind: str, count: int, start: Callable[[Path], list[str | Path]], co
     )
 
 
+def drip_once_a_second(pipe: Connection, port: int, kind: str, pem: Path | None) -> None:
+    """The process of clients that drip until they are ended."""
+    raise_limit(BESIDE + SPARE)
+    head, more = REQUESTS[kind]
+    context = None if pem is None else ssl.create_default_context(cafile=pem)
+    clients = []
+    for begin in range(0, BESIDE, BATCH):
+        clients += open_batch(port, head, context, range(begin, begin + BATCH))
+    pipe.send("ready")
+    while True:
+        begin_at = time.monotonic()
+        for number, client in enumerate(clients):
+            client.sendall(more)
+            if number % BATCH == 0:
+                time.sleep(max(0.0, begin_at + number / BESIDE - time.monotonic()))
+
+
+def upload_seconds(port: int, context: ssl.SSLContext | None) -> float:
+    """How long one upload takes that has the line to itself."""
+    block, began = bytes(BLOCK), time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as plain:
+        client = plain if context is None else context.wrap_socket(plain, server_hostname="localhost")
+        client.sendall(b"PUT /files/fast HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % UPLOAD)
+        for _ in range(UPLOAD // BLOCK):
+            client.sendall(block)
+        answer = client.recv(12)
+        client.close()
+    assert answer[9:10] == b"2", answer
+    return time.monotonic() - began
+
+
+def measure_beside(
+    kind: str, start: Callable[[Path], list[str | Path]], context: ssl.SSLContext | None, pem: Path
+) -> None:
+    """Upload alone and beside the drip, and print how much slower that was."""
+    with tempfile.TemporaryDirectory(prefix="lwstwisted-") as folder:
+        root = Path(folder)
+        with serving(start(root), cwd=root) as server:
+            (port,) = server.wait_for_ports()
+            upload_seconds(port, context)  # the first one grows the file and the memory
+            alone = [upload_seconds(port, context) for _ in range(RUNS)]
+            with process(drip_once_a_second, port, kind, None if context is None else pem) as dripping:
+                hear(dripping)
+                beside = [upload_seconds(port, context) for _ in range(RUNS)]
+    kept = statistics.median(alone) / statistics.median(beside)
+    print(
+        f"an upload beside {BESIDE} dripping {kind}, {'plain' if context is None else 'TLS'}: {kept:.0%} of its speed"
+        f" alone, {UPLOAD / statistics.median(alone) / 1e6:.0f} MB/s (target 80 %)",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Measure plain connections and TLS."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
@@ -151,17 +212,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lwstwisted-") as folder:
         certificate = ensure_development_certificate(Path(folder) / "pair.pem")
         context = ssl.create_default_context(cafile=certificate)
-        limits = [f"--limit={limit}" for limit in LIMITS]
+        options = ["--durability=none", *(f"--limit={limit}" for limit in LIMITS)]
 
         def plain(root: Path) -> list[str | Path]:
-            return twistd("--root", root / "files", "--listen", "tcp:0:backlog=1024", *limits)
+            return twistd("--root", root / "files", "--listen", "tcp:0", *options)
 
         def tls(root: Path) -> list[str | Path]:
-            return twistd("--root", root / "files", "--listen", tls_endpoint(certificate) + ":backlog=1024", *limits)
+            return twistd("--root", root / "files", "--listen", tls_endpoint(certificate), *options)
 
         for kind in REQUESTS:
             measure(kind, count, plain, None)
             measure(kind, count, tls, context)
+        for kind in REQUESTS:
+            measure_beside(kind, plain, None, certificate)
+            measure_beside(kind, tls, context, certificate)
 
 
 if __name__ == "__main__":
