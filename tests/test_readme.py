@@ -5,13 +5,12 @@ from __future__ import annotations
 import http.client
 import importlib
 import re
-import socket
 import sys
 import tempfile
 from pathlib import Path
 from unittest import TestCase
 
-from tests.servers import free_port, serving, wait_until
+from tests.servers import free_port, is_listening, serving, wait_until
 
 TOP = Path(__file__).parent.parent
 README = (TOP / "README.md").read_text()
@@ -28,12 +27,6 @@ def classes_in(file: str) -> dict[str, set[str]]:
     classes = {name: kind for name, kind in vars(module).items() if isinstance(kind, type)}
     marks = ("test_", "runTest")
     return {name: {test for test in dir(kind) if test.startswith(marks)} for name, kind in classes.items()}
-
-
-def answers(port: int) -> bool:
-    """Whether somebody listens."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class PromiseTests(TestCase):
@@ -71,7 +64,7 @@ class ExampleTests(TestCase):
             script = folder / "example.py"
             script.write_text(code[1].replace("tcp:8080", f"tcp:{port}"))
             with serving([sys.executable, script], cwd=folder, environment={"PYTHONPATH": str(TOP)}):
-                wait_until(lambda: answers(port), "the example listens")
+                wait_until(lambda: is_listening(port), "the example listens")
                 connection = http.client.HTTPConnection("127.0.0.1", port)
                 connection.request("PUT", "/files/a/b", b"contents")
                 self.assertEqual(connection.getresponse().status, 201)
