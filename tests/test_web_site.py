@@ -5,6 +5,7 @@ One contract, run on both; then what only ours does.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -17,6 +18,8 @@ from datetime import datetime
 from typing import Any
 
 from klein import Klein
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.twisted import MetricsResource
 from twisted.cred.checkers import InMemoryUsernamePasswordDatabaseDontUse
 from twisted.cred.portal import IRealm, Portal
 from twisted.internet import reactor as global_reactor
@@ -250,6 +253,25 @@ class SiteContract:
         )
         self.assertEqual([a.status for a in found], [200, 200, 200, 404])
         self.assertEqual([a.body for a in found[:3]], [b'{"got": {"a": [1, 2]}}', b"1,2", b"ann is 42"])
+
+    async def test_metrics(self) -> None:
+        """prometheus_client's page, a WSGI application in the reactor's threads: all of it, chosen, and compressed."""
+        registry = CollectorRegistry()
+        for name in ("first", "second"):
+            Counter(name, "Of this test.", registry=registry).inc(7)
+        found = await self.ask(
+            MetricsResource(registry),
+            get(),
+            get(b"/?name%5B%5D=second_total"),
+            get(b"/", b"Accept-Encoding: gzip"),
+            get(b"/", CLOSE, b"Accept: application/openmetrics-text; version=1.0.0"),
+        )
+        self.assertEqual([a.status for a in found], [200] * 4)
+        self.assertIn(b"first_total 7.0\n", found[0].body)
+        self.assertIn(b"second_total 7.0\n", found[1].body)
+        self.assertEqual(found[1].body.count(b"first"), 0)
+        self.assertEqual(gzip.decompress(found[2].body), found[0].body)
+        self.assertIn(b"application/openmetrics-text", found[3].fields[b"content-type"])
 
     async def test_guard(self) -> None:
         """Basic authentication: refused without, let in with, for a GET and a POST."""
