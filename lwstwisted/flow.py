@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+_NO_REASONS: frozenset[str] = frozenset()
+# One for all: most valves are open, and a set of their own would take 216 bytes.
+
 
 class Valve:
     """Open while no reason speaks against it.
@@ -17,8 +20,10 @@ class Valve:
     :param on_open: called once when the last reason goes.
     """
 
+    __slots__ = ("_on_close", "_on_open", "_reasons")
+
     def __init__(self, on_close: Callable[[], object], on_open: Callable[[], object]) -> None:
-        self._reasons: set[str] = set()
+        self._reasons = _NO_REASONS
         self._on_close = on_close
         self._on_open = on_open
 
@@ -30,19 +35,19 @@ class Valve:
     @property
     def reasons(self) -> frozenset[str]:
         """What holds it closed."""
-        return frozenset(self._reasons)
+        return self._reasons
 
     def close(self, reason: str) -> None:
         """Add a reason; adding it twice is the same as once."""
         was_open = not self._reasons
-        self._reasons.add(reason)
+        self._reasons |= {reason}
         if was_open:
             self._on_close()
 
     def open(self, reason: str) -> None:
         """Take a reason away; the valve opens if it was the last one."""
         if reason in self._reasons:
-            self._reasons.remove(reason)
+            self._reasons = self._reasons - {reason} or _NO_REASONS
             if not self._reasons:
                 self._on_open()
 
@@ -53,6 +58,8 @@ class Watermarks:
     :param low: at or below this many bytes a full queue has caught up.
     :param high: above this many bytes the queue is full.
     """
+
+    __slots__ = ("high", "is_full", "level", "low")
 
     def __init__(self, low: int, high: int) -> None:
         if not 0 <= low < high:

@@ -307,7 +307,7 @@ class BlockTests(SynchronousTestCase):
 def small_blocks() -> Iterator[tuple[int, int]]:
     """Blocks of 64 bytes, so that many of them fit into a test: (size of a block, worth a write)."""
     with (
-        mock.patch.multiple(module, BLOCK=64, WORTH_A_WRITE=16, HIGH=128, LOW=64),
+        mock.patch.multiple(module, SMALLEST_BLOCK=2, BLOCK=64, WORTH_A_WRITE=16, HIGH=128, LOW=64),
         mock.patch.object(module, "_spare", []),
     ):
         yield 64, 16
@@ -338,6 +338,15 @@ class SmallAndSlowTests(SynchronousTestCase):
         for _, body in slow:
             body.send(4096)
         self.assertLess(resident() - before, 16 * 2**20)
+
+    def test_an_announcement_occupies_nothing(self) -> None:
+        """1,000 uploads of which 1 byte has arrived occupy less than 4 MiB together, whatever they announce."""
+        for length in (1000, WORTH_A_WRITE - 1, 2**30, None):
+            before = resident()
+            slow = [start(HeldFile(), length=length) for _ in range(1000)]
+            for _, body in slow:
+                body.send(1)
+            self.assertLess(resident() - before, 4 * 2**20, length)
 
 
 class CutTests(SynchronousTestCase):

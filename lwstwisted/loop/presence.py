@@ -41,6 +41,8 @@ class PeerWatch:
     :param gone: called once when the peer has left for good.
     """
 
+    __slots__ = ("_gone", "_is_paused", "_is_probing", "_next_look", "_reactor", "_socket")
+
     def __init__(
         self, reactor: Any, watched: object, is_paused: Callable[[], bool], gone: Callable[[], object]
     ) -> None:

@@ -11,8 +11,9 @@ however long the store takes. The last bytes of an upload go to the store togeth
 file costs one trip to the threads.
 
 **The price** is one copy, from the memory that the transport lends for the length of a call into a block.
-Blocks are used again. A new one is mapped, not allocated: Python fills a new ``bytearray`` with zeros, which costs
-more than a small upload and makes a slow one occupy a whole block, while mapped memory counts when it is filled.
+Blocks are used again. A new one is mapped, not allocated: Python fills a new ``bytearray`` with zeros, while mapped
+memory counts when it is filled. A client that sends little, or slowly, gets a block as small as what came, which grows
+as more comes: what an upload occupies follows what it has sent, and not what it has announced.
 
 **Errors.** The first failure of the store ends the body, and is what :meth:`Transfer.finish` raises. A body that
 is cut ends quietly for the store: :meth:`Transfer.abort` lets a write under way end, then discards the file.
@@ -21,7 +22,6 @@ is cut ends quietly for the store: :meth:`Transfer.abort` lets a write under way
 from __future__ import annotations
 
 import mmap
-from collections import deque
 from typing import cast
 
 from twisted.internet.defer import Deferred
@@ -44,19 +44,33 @@ LOW = 1024 * 1024
 SPARE_BLOCKS = 8
 """Blocks kept for the next upload, in the whole process."""
 
-_spare: list[memoryview] = []
+SMALLEST_BLOCK = 64
+"""Bytes of the first block of an upload that drips."""
+GROWTH = 4
+"""How much larger the next one is than the bytes that are there: each byte is copied a third of a time more for it."""
+LARGEST_GROWN = 64 * 1024
+"""Bytes from which on a block is a whole one: its pages count one by one."""
+
+Block = bytearray | mmap.mmap
+
+_spare: list[Block] = []
 
 
-def _new_block(expected: int) -> memoryview:
-    """Memory for the next bytes of an upload, of which ``expected`` are still to come."""
-    if 0 < expected < WORTH_A_WRITE:
-        return memoryview(bytearray(expected))
+def _new_block(here: int, expected: int) -> Block:
+    """Memory for the next bytes of an upload.
+
+    :param here: bytes that it takes now.
+    :param expected: bytes that are still to come, these included.
+    """
+    size = min(max(here, expected), max(SMALLEST_BLOCK, GROWTH * here))
+    if size <= LARGEST_GROWN and size < BLOCK:
+        return bytearray(size)
     if _spare:
         return _spare.pop()
-    return memoryview(mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def _recycle(block: memoryview) -> None:
+def _recycle(block: Block) -> None:
     if len(block) == BLOCK and len(_spare) < SPARE_BLOCKS:
         _spare.append(block)
 
@@ -70,14 +84,29 @@ class Transfer:
     :param max_size: bytes; more of them are refused.
     """
 
+    __slots__ = (
+        "_block",
+        "_failure",
+        "_filled",
+        "_is_writing",
+        "_length",
+        "_marks",
+        "_max_size",
+        "_part",
+        "_producer",
+        "_settling",
+        "_waiting",
+        "received",
+    )
+
     def __init__(self, part: PartialFile, length: int | None, max_size: int) -> None:
         self._part = part
         self._length = length
         self._max_size = max_size
         self._producer: IPushProducer | None = None
-        self._block: memoryview | None = None
+        self._block: Block | None = None
         self._filled = 0
-        self._waiting: deque[tuple[memoryview, int]] = deque()
+        self._waiting: list[tuple[Block, int]] = []  # a few at most
         self._marks = Watermarks(LOW, HIGH)
         self._is_writing = False
         self._settling: Deferred[None] | None = None
@@ -108,10 +137,11 @@ class Transfer:
         is_full = self._marks.add(len(view))
         while view:
             # A full block waits for the byte behind it: the last one goes to the store with the commit.
-            if self._block is not None and self._filled == len(self._block):
+            if self._block is not None and self._filled == len(self._block) == BLOCK:
                 self._close_block()
-            if self._block is None:
-                self._block = _new_block(self._expected() + len(view))
+            if self._block is None or self._filled == len(self._block):
+                self._grow_block(len(view))
+            assert self._block is not None
             taken = min(len(self._block) - self._filled, len(view))
             self._block[self._filled : self._filled + taken] = view[:taken]
             self._filled += taken
@@ -127,6 +157,14 @@ class Transfer:
         """How many bytes are still to come."""
         return BLOCK if self._length is None else self._length - self.received
 
+    def _grow_block(self, count: int) -> None:
+        """Make room for some of ``count`` bytes that are here."""
+        here = self._filled + count
+        block = _new_block(here, here + self._expected())
+        if self._block is not None:
+            block[: self._filled] = self._block
+        self._block = block
+
     def _close_block(self) -> None:
         if self._block is not None:
             self._waiting.append((self._block, self._filled))
@@ -141,8 +179,8 @@ class Transfer:
                     self._close_block()
                 if not self._waiting:
                     break
-                block, filled = self._waiting.popleft()
-                await self._part.append(block[:filled])
+                block, filled = self._waiting.pop(0)
+                await self._part.append(memoryview(block)[:filled])
                 _recycle(block)
                 if self._marks.remove(filled) and self._producer is not None:
                     self._producer.resumeProducing()
@@ -174,7 +212,7 @@ class Transfer:
         self._block, self._filled = None, 0
         if block is None:
             return await self._part.commit(memoryview(b""))
-        created = await self._part.commit(block[:filled])
+        created = await self._part.commit(memoryview(block)[:filled])
         _recycle(block)
         return created
 

@@ -39,6 +39,18 @@ class BodySource(Protocol):
 class RequestBody:
     """See :class:`~lwstwisted.interfaces.IRequestBody`."""
 
+    __slots__ = (
+        "_channel",
+        "_consumer",
+        "_deliver",
+        "_expects_continue",
+        "_failure",
+        "_finished",
+        "is_over",
+        "is_paused",
+        "length",
+    )
+
     def __init__(self, channel: BodySource, head: Head) -> None:
         self._channel = channel
         self._expects_continue = head.expects_continue

@@ -106,9 +106,7 @@ class StreamingChannel(Protocol):
         self._has_lingered = False  # it had its time to read an early answer
         self._valve = Valve(self._pause_below, self._below.resumeProducing)
         clock = self.factory.reactor
-        # Ours looks at its socket itself; of a stock TLS transport this is the one beneath it.
-        watched = None if isinstance(self._below, TLSTransport) else getattr(self._below, "socket", None)
-        self._watch = PeerWatch(clock, watched, lambda: not self._valve.is_open, self.forceAbortClient)
+        self._watch: PeerWatch | None = None  # most connections are never paused
         self._deadline = Deadline(clock)
         self._rate: MinimumRate | None = None
         self._is_shaking = ISSLTransport.providedBy(self._below)
@@ -207,6 +205,14 @@ class StreamingChannel(Protocol):
 
     def _pause_below(self) -> None:
         self._below.pauseProducing()
+        if self._life is _Life.LOST:
+            return  # a consumer may pause its body after the end
+        if self._watch is None:
+            # Ours looks at its socket itself; of a stock TLS transport this is the one beneath it.
+            watched = None if isinstance(self._below, TLSTransport) else getattr(self._below, "socket", None)
+            self._watch = PeerWatch(
+                self.factory.reactor, watched, lambda: not self._valve.is_open, self.forceAbortClient
+            )
         self._watch.start()
 
     def _settle(self) -> None:
@@ -229,11 +235,22 @@ class StreamingChannel(Protocol):
                 self._set_idle()
             elif not self._head_began:
                 self._head_began = True
-                self._deadline.set(self._limits.head_time, lambda: self._refuse(Refused(errors.HEAD_TIMEOUT)))
+                self._deadline.set(self._limits.head_time, self._head_late)
         elif is_listening:
-            self._deadline.set(self._limits.body_time, lambda: self._cut_late(errors.BODY_TIMEOUT))
+            self._deadline.set(self._limits.body_time, self._body_late)
         else:
             self._deadline.clear()
+
+    # Methods and no closures, of which each connection would hold one.
+
+    def _head_late(self) -> None:
+        self._refuse(Refused(errors.HEAD_TIMEOUT))
+
+    def _body_late(self) -> None:
+        self._cut_body(Failure(Refused(errors.BODY_TIMEOUT)))
+
+    def _body_slow(self) -> None:
+        self._cut_body(Failure(Refused(errors.BODY_TOO_SLOW)))
 
     def _set_idle(self) -> None:
         if self.factory.timeOut is None:
@@ -266,23 +283,20 @@ class StreamingChannel(Protocol):
         resource = self._find(request)
         self._is_streaming = IStreamingResource.providedBy(resource)
         if self._is_streaming:
-            done = maybeDeferred(resource.receive, request, body)
-            self.factory.watch(done.addErrback(self._failed, request))
+            self.factory.watch(maybeDeferred(resource.receive, request, body), self._failed, request)
         else:
             if not head.has_content:
                 self._found = (resource, request.prepath, request.postpath)
             self._spool(request, body, head)
 
     def _expect_rate(self) -> None:
-        if self._rate is None:
-            limits = self._limits
+        limits = self._limits
+        if self._rate is None and limits.body_rate:
             self._rate = MinimumRate(
-                self.factory.reactor,
-                limits.body_rate,
-                limits.body_rate_time,
-                lambda: self._cut_late(errors.BODY_TOO_SLOW),
+                self.factory.reactor, limits.body_rate, limits.body_rate_time, self._body_slow
             )
-        self._rate.begin()
+        if self._rate is not None:
+            self._rate.begin()
 
     def _find(self, request: Request) -> Any:
         """The resource for a request, as ``Request.process`` will find it; None if that has to fail itself."""
@@ -333,9 +347,6 @@ class StreamingChannel(Protocol):
     def _cut_body(self, reason: Failure) -> None:
         if self._body is not None:
             self._body.fail(reason)
-
-    def _cut_late(self, refusal: errors.Refusal) -> None:
-        self._cut_body(Failure(Refused(refusal)))
 
     def send_continue(self) -> None:
         """Tell a client that waits for it to send its body."""
@@ -577,7 +588,8 @@ class StreamingChannel(Protocol):
         self._deadline.stop()
         if self._rate is not None:
             self._rate.stop()
-        self._watch.stop()
+        if self._watch is not None:
+            self._watch.stop()
         self._out.stopProducing()
         self.factory.leave(self)
         request, self._request = self._request, None

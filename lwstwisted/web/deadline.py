@@ -15,10 +15,12 @@ class Deadline:
     :param clock: where time comes from.
     """
 
+    __slots__ = ("_at", "_call", "_clock", "_meaning")
+
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
         self._at: float | None = None
-        self._meaning: Callable[[], object] = lambda: None
+        self._meaning: Callable[[], object] | None = None
         self._call: IDelayedCall | None = None
 
     def set(self, seconds: float, meaning: Callable[[], object]) -> None:
@@ -51,6 +53,7 @@ class Deadline:
             self._call = self._clock.callLater(left, self._fire)
         else:
             self._at = None
+            assert self._meaning is not None
             self._meaning()
 
 
@@ -64,6 +67,8 @@ class MinimumRate:
     :param span: seconds over which it is averaged.
     :param too_slow: called when it was less.
     """
+
+    __slots__ = ("_bytes", "_clock", "_deadline", "_is_judged", "_least", "_left", "_since", "_span", "_too_slow")
 
     def __init__(self, clock: IReactorTime, rate: int, span: float, too_slow: Callable[[], object]) -> None:
         self._clock = clock

@@ -32,8 +32,8 @@ class Limits:
     :ivar linger_time: for reading an early answer, while the rest of the body is thrown away.
     :ivar close_time: from the decision to close until the connection is aborted: a TLS peer may never say goodbye.
     :ivar requests: on one connection (nginx' keepalive_requests): what a request may leave behind is freed then.
-    :ivar connections: of all clients. One costs a descriptor and 8 KiB of memory, with TLS 33 KiB; from the begin of
-        an upload on 20 and 45 KiB (10,000 that drip), and more while it is fast.
+    :ivar connections: of all clients. One costs a descriptor and 5 KiB of memory, with TLS 30 KiB, of which 24 are
+        OpenSSL's; from the begin of an upload on 10 and 35 KiB (10,000 that drip), and more while it is fast.
     :ivar connections_per_address: of one IPv4 address or one IPv6 /64, which is what a customer gets; 0 for no such
         limit, as behind a proxy that doesn't tell the address of its clients.
     """

@@ -45,12 +45,26 @@ class Outgoing:
     :ivar is_full: the transport takes nothing until the client has read.
     """
 
+    __slots__ = (
+        "_channel",
+        "_clock",
+        "_has_written",
+        "_is_over",
+        "_is_producer_paused",
+        "_is_pulled",
+        "_producer",
+        "_transport",
+        "_unsent",
+        "_will_pull",
+        "is_full",
+    )
+
     def __init__(self, channel: AnswerSource, transport: Any, clock: Any) -> None:
         self._channel = channel
         self._transport = transport
         self._clock = clock
         self.is_full = False
-        self._unsent: deque[memoryview] = deque()
+        self._unsent: deque[memoryview] | None = None  # a deque takes 760 bytes, and few answers wait
         self._producer: Any = None
         self._is_pulled = False  # the producer is asked for each piece
         self._will_pull = False
@@ -68,6 +82,8 @@ class Outgoing:
         """Send a piece of an answer."""
         self._has_written = True
         if self.is_full or len(data) > ANSWER_SLICE:
+            if self._unsent is None:
+                self._unsent = deque()
             self._unsent.append(memoryview(data))
             self._send()
         else:
@@ -80,6 +96,8 @@ class Outgoing:
             if len(view) > ANSWER_SLICE:
                 self._unsent.appendleft(view[ANSWER_SLICE:])
             self._transport.write(bytes(view[:ANSWER_SLICE]))
+        if not self._unsent:
+            self._unsent = None
 
     def register(self, producer: Any, streaming: bool) -> None:
         """Let a resource produce its answer.
@@ -152,7 +170,7 @@ class Outgoing:
     def stopProducing(self) -> None:
         """The transport is gone."""
         self._is_over = True
-        self._unsent.clear()
+        self._unsent = None
         producer, self._producer = self._producer, None
         self._is_pulled = False
         if producer is not None:

@@ -35,6 +35,7 @@ _SHORT_LINE = 32  # what is copied first for a line of a chunked body: its lines
 _LENGTH_DIGITS = len(str(MAX_LENGTH))
 _BLANK_LINE = b"\r\n\r\n"
 _CRLF = b"\r\n"
+_NOTHING = memoryview(b"")  # one for all: a connection that waits holds no buffer
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # Controls but tab, CR without LF, LF without CR, and a line that begins with white space (obs-fold).
 _BAD_BYTES = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n|\n[ \t]")
@@ -111,9 +112,23 @@ class Wire:
     :param limits: the longest that it takes; what is announced to be longer is refused at once.
     """
 
+    __slots__ = (
+        "_announced",
+        "_borrowed",
+        "_extensions",
+        "_input",
+        "_left",
+        "_limits",
+        "_may_skip_blank",
+        "_scanned",
+        "_trailer_bytes",
+        "_trailers",
+        "state",
+    )
+
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
-        self._input = memoryview(b"")
+        self._input = _NOTHING
         self._borrowed = False
         self.state = State.HEAD
         self._scanned = 0
@@ -123,17 +138,6 @@ class Wire:
         self._extensions = 0
         self._trailer_bytes = 0
         self._trailers: list[tuple[bytes, bytes]] = []
-        self._steps: dict[State, Callable[[], Event | None]] = {
-            State.HEAD: self._head,
-            State.LENGTH: self._counted,
-            State.CHUNK_SIZE: self._chunk_size,
-            State.CHUNK_DATA: self._counted,
-            State.CHUNK_END: self._chunk_end,
-            State.TRAILERS: self._trailer_section,
-            State.END: self._end,
-            State.DONE: lambda: Signal.PAUSED,
-            State.CLOSED: lambda: Signal.PAUSED,
-        }
 
     @property
     def buffered(self) -> int:
@@ -161,7 +165,7 @@ class Wire:
         """Copy what is left of a borrowed memoryview; to be called before its owner reuses it."""
         if self._borrowed:
             self._borrowed = False
-            self._input = memoryview(bytes(self._input))
+            self._input = memoryview(bytes(self._input)) if self._input else _NOTHING
 
     def next_request(self) -> None:
         """Go on with the request behind the one that is over."""
@@ -178,7 +182,7 @@ class Wire:
         """
         try:
             while True:
-                event = self._steps[self.state]()
+                event = _STEPS[self.state](self)
                 if event is not None:
                     return event
         except Refused:
@@ -188,7 +192,8 @@ class Wire:
 
     def _take(self, count: int) -> memoryview:
         taken = self._input[:count]
-        self._input = self._input[count:]
+        # An empty slice would hold the memory that it was cut from.
+        self._input = self._input[count:] if count < len(self._input) else _NOTHING
         return taken
 
     # The head
@@ -298,6 +303,23 @@ class Wire:
     def _end(self) -> Event:
         self.state = State.DONE
         return End(self._trailers)
+
+    def _paused(self) -> Event:
+        return Signal.PAUSED
+
+
+_STEPS: dict[State, Callable[[Wire], Event | None]] = {
+    State.HEAD: Wire._head,
+    State.LENGTH: Wire._counted,
+    State.CHUNK_SIZE: Wire._chunk_size,
+    State.CHUNK_DATA: Wire._counted,
+    State.CHUNK_END: Wire._chunk_end,
+    State.TRAILERS: Wire._trailer_section,
+    State.END: Wire._end,
+    State.DONE: Wire._paused,
+    State.CLOSED: Wire._paused,
+}
+# Not in the instance, where each method would be an object for each connection.
 
 
 def _check_sizes(raw: bytes, scanned: int, limits: Limits) -> None:
