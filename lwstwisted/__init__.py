@@ -31,9 +31,11 @@ The map. Each number is a floor, and imports go downwards only
     site.py        4  the Site that an application uses
   stores/             from bytes to files
     names.py       1  which names are allowed, and why not
-    tree.py        2  folders and names on the disk, safely resolved
-    batch.py       3  files that become visible together or not at all
-    local.py       4  the disk: own threads, atomic and durable commit
+    locks.py       1  locks on names that other processes see as well
+    space.py       2  what uploads may take of the disk: promises, minimum, quota
+    tree.py        3  folders and names on the disk, safely resolved
+    batch.py       4  files that become visible together or not at all
+    local.py       5  the disk: own threads, atomic and durable commit
   uploads/            from requests to stored files
     announced.py   1  what a head says of the bytes behind it
     conditions.py  1  what a client believes of a file: If-Match and its like

@@ -157,6 +157,9 @@ NOT_A_FILE = Refusal("not_a_file", 403, "This name is a symbolic link or a speci
 OTHER_FILE_SYSTEM = Refusal(
     "other_file_system", 409, "A part of the path is another file system mounted there; choose another path."
 )
+QUOTA_EXCEEDED = Refusal(
+    "quota_exceeded", 507, "The files here may not take so much space together; delete some that are not needed."
+)
 DISK_FULL = Refusal("disk_full", 507, "There is not enough space on the server for this upload.")
 TOO_MANY_FILES = Refusal("too_many_files", 503, "The server has too many files open; try again in a moment.")
 STORE_FAILED = Refusal("store_failed", 500, "The server could not store or read the file; try again later.")

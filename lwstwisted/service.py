@@ -40,7 +40,7 @@ for as long as 17 s: its client knocks again after 1, 2, 4, ... seconds (tcp(7),
 
 OWN_DESCRIPTORS = 64 + LINGERING
 """Of the reactor, the listeners, the store with a folder for each of its threads, and of clients that are turned away.
-Each other client has two: a socket and a file."""
+Each other client has three at most: a socket, a file, and the folder of a form."""
 
 SELECTABLE = 1024
 """Descriptors that select(2) can wait for."""
@@ -64,6 +64,8 @@ class Options(UsageOptions):
         ["root", "r", DEFAULT_ROOT, "Folder of the uploaded files; it is made if it isn't there."],
         ["durability", "d", "full", "What is synced before an answer: full (file and folder), data (file), none."],
         ["max-size", "m", None, "Bytes of the largest upload; 10G is understood. [default: no limit]"],
+        ["min-free", None, "0", "Bytes of the disk that no upload takes; 5G is understood."],
+        ["quota", "q", None, "Bytes that all files may take together. [default: no limit]"],
         ["port", "p", DEFAULT_PORT, "Port of the default listener; not together with --listen.", int],
         ["access-log", "a", None, "File that each request is written to. [default: the log of the service]"],
         ["access-log-format", None, "combined", "combined, as other web servers have it, or json: an object a line."],
@@ -95,7 +97,9 @@ class Options(UsageOptions):
         """
         if self["durability"] not in ("full", "data", "none"):
             raise UsageError("--durability is full, data or none")
-        self["max-size"] = MAX_LENGTH if self["max-size"] is None else parse_size(self["max-size"])
+        self["max-size"] = MAX_LENGTH if self["max-size"] is None else parse_size("--max-size", self["max-size"])
+        self["min-free"] = parse_size("--min-free", self["min-free"])
+        self["quota"] = None if self["quota"] is None else parse_size("--quota", self["quota"])
         if self["listen"] and self["port"] != DEFAULT_PORT:
             raise UsageError("--port is for the default listener; with --listen, name the port there")
         if not 1 <= self["port"] <= 65535:
@@ -107,14 +111,15 @@ class Options(UsageOptions):
             raise UsageError("--root is the name of a folder; '.' is the current one")
 
 
-def parse_size(text: str) -> int:
+def parse_size(option: str, text: str) -> int:
     """Read a number of bytes, such as ``512`` or ``10G`` (powers of 1024).
 
+    :param option: the name of the option, for the error.
     :raises UsageError: if it is none.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise UsageError("--max-size is a number of bytes, with K, M, G or T behind it if you like")
+        raise UsageError(f"{option} is a number of bytes, with K, M, G or T behind it if you like")
     digits, power = match.groups()
     if len(digits) > len(str(MAX_LENGTH)):
         return MAX_LENGTH
@@ -151,7 +156,7 @@ def within_descriptors(limits: Limits, reactor: Any) -> Limits:
     most = min(hard, SELECTABLE) if isinstance(reactor, SelectReactor) else hard
     if now < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return replace(limits, connections=max(1, min(limits.connections, (most - OWN_DESCRIPTORS) // 2)))
+    return replace(limits, connections=max(1, min(limits.connections, (most - OWN_DESCRIPTORS) // 3)))
 
 
 def on_loopback(description: str) -> str:
@@ -187,7 +192,7 @@ def with_backlog(description: str) -> str:
 
 
 class UploadService(MultiService):
-    """Listeners, site and store; stops in this order, and waits for each.
+    """Listeners, site and store; waits for each when it stops.
 
     :ivar hints: lines for a person that tell how to try the service.
     """
@@ -217,7 +222,13 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
     """
     if reactor is None:
         from twisted.internet import reactor
-    store = LocalStore(options["root"], reactor, durability=options["durability"])
+    store = LocalStore(
+        options["root"],
+        reactor,
+        durability=options["durability"],
+        minimum_free=options["min-free"],
+        quota=options["quota"],
+    )
     root = Paths()  # type: ignore[no-untyped-call]
     root.putChild(b"", redirection(b"/" + FILES_PATH + b"/"))
     root.putChild(FILES_PATH, UploadResource(store, options["max-size"]))

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "body_too_slow": "tests/test_web_limits.py drips for as long as the rate is averaged over",
     "too_many_connections": "tests/test_web_limits.py",
     "other_file_system": "tests/test_stores_local.py, which needs a mount",
+    "quota_exceeded": "tests/test_stores_space.py",
     "too_many_files": "tests/test_stores_local.py, where a system call fails",
     "store_failed": "tests/test_stores_local.py, where a system call fails",
     "internal": "nobody knows how",
@@ -102,7 +103,7 @@ class DocumentTests(SynchronousTestCase):
     def test_every_refusal_of_an_upload(self) -> None:
         """What the modules name that an upload goes through is what PUT and POST are described with."""
         web = [f"web/{name}.py" for name in ("answers", "channel", "wire")]
-        stores = [f"stores/{name}.py" for name in ("names", "tree", "batch", "local")]
+        stores = [f"stores/{name}.py" for name in ("names", "space", "tree", "batch", "local")]
         shared = [f"uploads/{name}.py" for name in ("announced", "conditions", "digests", "origin", "transfer")]
         below = [*web, *stores, *shared]
         # Known methods are understood, files that are looked for are not stored, and a channel parses forms for others.

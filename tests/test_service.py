@@ -72,12 +72,12 @@ class SizeTests(SynchronousTestCase):
             "9" * 30: MAX_LENGTH,
             "9" * 5000: MAX_LENGTH,
         }.items():
-            self.assertEqual(parse_size(text), size, text)
+            self.assertEqual(parse_size("--max-size", text), size, text)
 
     def test_no_sizes(self) -> None:
         for text in ("", "K", "-1", "+1", "1.5G", "10 G", " 10", "10\n", "10GB", "10P", "0x10", "1_0", "1e3", "٣"):
-            error = self.assertRaises(UsageError, parse_size, text)
-            self.assertIn("--max-size", str(error), text)
+            error = self.assertRaises(UsageError, parse_size, "--quota", text)
+            self.assertIn("--quota", str(error), text)
 
 
 class LoopbackTests(SynchronousTestCase):
@@ -199,12 +199,12 @@ print(limits.connections, limits.requests, *getrlimit(RLIMIT_NOFILE))
 
     def test_few(self) -> None:
         """Each connection may want a socket and a file."""
-        self.assertEqual(self.limited(512, 512, "epoll"), [(512 - OWN_DESCRIPTORS) // 2, 7, 512, 512])
+        self.assertEqual(self.limited(512, 512, "epoll"), [(512 - OWN_DESCRIPTORS) // 3, 7, 512, 512])
         self.assertEqual(self.limited(64, 64, "epoll"), [1, 7, 64, 64])
 
     def test_select(self) -> None:
         """A descriptor that select(2) can't wait for is of no use."""
-        self.assertEqual(self.limited(256, 4096, "select"), [400, 7, 1024, 4096])
+        self.assertEqual(self.limited(256, 4096, "select"), [(1024 - OWN_DESCRIPTORS) // 3, 7, 1024, 4096])
 
 
 class OptionsTests(SynchronousTestCase):
@@ -218,6 +218,8 @@ class OptionsTests(SynchronousTestCase):
                 "root": "uploads",
                 "durability": "full",
                 "max-size": MAX_LENGTH,
+                "min-free": 0,
+                "quota": None,
                 "port": 8443,
                 "listen": [],
                 "limits": Limits(),
@@ -229,13 +231,17 @@ class OptionsTests(SynchronousTestCase):
     def test_all_options(self) -> None:
         limits = ("--limit", "body-rate=0", "--limit", "head_time=2.5", "--limit", "connections-per-address=7")
         log = ("--access-log", "/l", "--access-log-format", "json")
-        options = parsed("-r", "/r", "-d", "none", "-m", "1K", "-l", "tcp:1", "--listen", "unix:/s", *limits, *log)
+        space = ("--min-free", "2K", "--quota", "3K")
+        listen = ("-l", "tcp:1", "--listen", "unix:/s")
+        options = parsed("-r", "/r", "-d", "none", "-m", "1K", *space, *listen, *limits, *log)
         self.assertEqual(
             dict(options),
             {
                 "root": "/r",
                 "durability": "none",
                 "max-size": 1024,
+                "min-free": 2048,
+                "quota": 3072,
                 "port": 8443,
                 "listen": ["tcp:1:interface=127.0.0.1", "unix:/s"],
                 "limits": Limits(body_rate=0, head_time=2.5, connections_per_address=7),

@@ -24,7 +24,6 @@ from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
 from lwstwisted.interfaces import Name
 from lwstwisted.stores.local import LocalBatch, LocalStore
-from lwstwisted.stores.tree import Segments
 from tests.contracts import NOTHING, get, put, put_into, refusal_of
 from tests.servers import PATIENCE
 from tests.test_stores_local import WATCHED, LocalCase, open_beneath, partials_of, steps_in, traced, tree_of
@@ -142,68 +141,74 @@ class BatchTests(LocalCase):
             assert tree_of(self.root) == {}
         assert tree_of(outside) == {"secret": b"secret"}
 
-    async def test_another_process_changes_a_name(self) -> None:
-        """A file that another process puts there between the look and the replacement is noticed: all begins anew."""
+    def put_by_hand(self, name: str, data: bytes) -> None:
+        """What a person or a program does that knows of no locks."""
+        (self.root / ".hand").write_bytes(data)
+        (self.root / ".hand").rename(self.root / name)
+
+    async def test_somebody_changes_a_name(self) -> None:
+        """A file that is put there by hand between the look and the replacement is noticed: all begins anew."""
         write_old(self.root)
         store = self.make_store()
-        other = self.make_store()
         for name in (("replaced",), ("new",)):
             batch = store.batch()
             await put_into(batch, ("first", name[0]), b"first")
             await put_into(batch, name, b"batch")
             commit, go_on = await self.held_commit(store, batch)
-            await put(other, name, b"other")
+            self.put_by_hand(name[0], b"other")
             go_on.set()
             assert await commit == [True, False]
             assert await get(store, name) == b"batch"
         assert batches_of(self.root) == []
 
-    async def test_another_process_is_not_undone(self) -> None:
-        """What another process replaced in between is what comes back when the batch fails, not the file before it."""
+    async def test_others_are_not_undone(self) -> None:
+        """What somebody replaced in between is what comes back when the batch fails, not the file before it."""
         write_old(self.root)
         store = self.make_store()
-        other = self.make_store()
         batch = store.batch()
         await put_into(batch, ("replaced",), b"batch")
         await put_into(batch, ("way", "x"), b"batch")
         commit, go_on = await self.held_commit(store, batch)
-        await put(other, ("replaced",), b"other")
-        await put(other, ("way",), b"other")
+        self.put_by_hand("replaced", b"other")
+        self.put_by_hand("way", b"other")
         go_on.set()
         assert await refusal_of(commit) is errors.NOT_A_FOLDER
         assert tree_of(self.root) == {**OLD, "replaced": b"other", "way": b"other"}
 
-    async def test_same_process_waits(self) -> None:
-        """A file that comes under a name of the batch during its commit comes after it, and is not lost."""
+    async def test_others_wait(self) -> None:
+        """A file that comes under a name of the batch during its commit comes after it, and is not lost.
+
+        Another process' store is another one on the same root: the kernel tells them apart by their descriptors.
+        """
         store = self.make_store()
-        batch = store.batch()
-        await put_into(batch, ("a",), b"batch")
-        await put_into(batch, ("b",), b"batch")
-        part = await store.create(("b",), None)
-        commit, go_on = await self.held_commit(store, batch)
-        asks, naming = Event(), store._tree.naming
+        for comer in (store, self.make_store()):
+            batch = store.batch()
+            await put_into(batch, ("a",), b"batch")
+            await put_into(batch, ("b",), b"batch")
+            part = await comer.create(("b",), None)
+            commit, go_on = await self.held_commit(store, batch)
+            asks, naming = Event(), comer._tree.naming
 
-        def ask(path: Segments) -> Any:
-            asks.set()
-            return naming(path)
+            def ask(paths: Any, asks: Event = asks, naming: Any = naming) -> Any:
+                asks.set()
+                return naming(paths)
 
-        self.patch(store._tree, "naming", ask)
-        name = Deferred.fromCoroutine(part.commit(memoryview(b"single")))
-        await deferToThread(asks.wait, PATIENCE)
-        go_on.set()
-        assert (await commit, await name) == ([True, True], False)
-        assert tree_of(self.root) == {"a": b"batch", "b": b"single"}
+            self.patch(comer._tree, "naming", ask)
+            name = Deferred.fromCoroutine(part.commit(memoryview(b"single")))
+            await deferToThread(asks.wait, PATIENCE)
+            go_on.set()
+            assert (len(await commit), await name) == (2, False)
+            assert tree_of(self.root) == {"a": b"batch", "b": b"single"}
 
     async def test_taking_back_fails_too(self) -> None:
         """The batch is refused then, and not tried again over its own remains; the next start takes back the rest."""
         write_old(self.root)
         store = self.make_store()
-        other = self.make_store()
         batch = store.batch()
         await put_into(batch, ("first",), b"batch")
         await put_into(batch, ("replaced",), b"batch")
         commit, go_on = await self.held_commit(store, batch)
-        await put(other, ("replaced",), b"other")
+        self.put_by_hand("replaced", b"other")
 
         def fail(*arguments: object) -> None:
             raise OSError(errno.EIO, "the disk is broken")

@@ -20,6 +20,7 @@ from threading import Event, Thread
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SkipTest, TestCase
 
@@ -375,8 +376,12 @@ class TreeTests(LocalCase):
         store = self.make_store()
         await put(store, ("file",), b"old")
         partial = await store.create(("file",), None)
+
+        async def delete_by_hand() -> None:
+            await deferToThread(os.unlink, self.root / "file")
+
         with traced("-e", "trace=linkat", "-e", "inject=linkat:delay_exit=100000:when=1") as lines:
-            created, _ = await together(partial.commit(memoryview(b"new")), store.delete(("file",)))
+            created, _ = await together(partial.commit(memoryview(b"new")), delete_by_hand())
         assert created is True, lines
         assert tree_of(self.root) == {"file": b"new"}
 

@@ -45,12 +45,12 @@ from lwstwisted.uploads.parts import (
 )
 from lwstwisted.uploads.transfer import BLOCK, HIGH
 from tests.contracts import EDGE, sample
-from tests.servers import PATIENCE
+from tests.servers import PATIENCE, visible_beneath
 from tests.test_uploads_resource import KIB, MIB, FailingFile, SiteCase, everything
 from tests.test_uploads_transfer import HeldFile
 
 BOUNDARY = b"----Boundary7MA4YWxkTrZu0gW"
-STATE_FOLDERS = [".lwstwisted", ".lwstwisted/batches", ".lwstwisted/partial"]
+STATE_FOLDERS = [".lwstwisted", ".lwstwisted/batches", ".lwstwisted/locks", ".lwstwisted/partial"]
 
 
 def part(data: bytes, filename: str | bytes | None = None, *lines: bytes) -> bytes:
@@ -608,9 +608,9 @@ class Posting:
 
     def visible(self: Any) -> dict[str, bytes]:
         return {
-            str(path.relative_to(self.root)): path.read_bytes()
-            for path in self.root.rglob("*")
-            if path.is_file()
+            name: (self.root / name).read_bytes()
+            for name in visible_beneath(self.root)
+            if (self.root / name).is_file()
         }
 
     async def test_several_files(self: Any) -> None:

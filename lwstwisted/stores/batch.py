@@ -24,9 +24,9 @@ Decision
     A batch belongs to whoever holds the ``flock`` of its folder. The next start takes back and removes what nobody
     holds; the batch of another process that lives is left alone.
 
-    The locks of all its names are held from the checks to the commit point, so nobody in this process sees a check
-    outdated or a rollback overtaken. Another process may change a target in between: that is noticed, and the whole is
-    taken back and tried again.
+    The locks of all its names are held from the checks to the commit point, so nobody sees a check outdated or a
+    rollback overtaken. Who changes a target without asking for its lock, as a person may by hand, is noticed: the whole
+    is taken back and tried again.
 
 Price
     * Beside the syncs of the files and of their folders: four, and one write. 1000 files of 4 KiB take that once.
@@ -58,6 +58,7 @@ from twisted.logger import Logger
 
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import Check, Found
+from lwstwisted.stores.space import Reservation
 from lwstwisted.stores.tree import ATTEMPTS, BATCH_FOLDER, OWN_NAME, STATE_MODE, Segments, Tree, encoded, new_own_name
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -90,6 +91,7 @@ class BatchFolder:
         self._descriptor = -1
         self._targets: list[Segments] = []
         self._checks: list[Check] = []
+        self._reservations: list[Reservation] = []
         self._entered = Lock()
 
     @property
@@ -123,10 +125,13 @@ class BatchFolder:
             raise
         self._descriptor, self._name = descriptor, name
 
-    def keep(self, target: Segments, check: Check, link: Callable[[int, bytes], object]) -> None:
+    def keep(
+        self, target: Segments, check: Check, link: Callable[[int, bytes], object], reservation: Reservation
+    ) -> None:
         """Take a file that is whole and synced.
 
         :param link: links the file into a folder, under a name.
+        :param reservation: its space.
         """
         with self._entered:
             if target in self._targets:
@@ -134,6 +139,7 @@ class BatchFolder:
             link(self._descriptor, _numbered(len(self._targets)))
             self._targets.append(target)
             self._checks.append(check)
+            self._reservations.append(reservation)
 
     def commit(self) -> list[bool]:
         """Give all files their names.
@@ -144,7 +150,7 @@ class BatchFolder:
             try:
                 if not self._targets:
                     return []
-                with self._tree.naming_all(self._targets):
+                with self._tree.naming(self._targets):
                     for _ in range(ATTEMPTS):
                         with suppress(*_RACE):
                             return self._commit()
@@ -153,7 +159,8 @@ class BatchFolder:
                 self._close()
 
     def _commit(self) -> list[bool]:
-        are_new = [self._prepare(number) for number in range(len(self._targets))]
+        replaced = [self._prepare(number) for number in range(len(self._targets))]
+        are_new = [found is None for found in replaced]
         made = self._missing_folders()
         self._write_journal(made)
         try:
@@ -163,12 +170,15 @@ class BatchFolder:
         except BaseException:
             self._undo(made)
             raise
+        for reservation in self._reservations:
+            reservation.keep()
+        self._tree.space.count(-sum(found.size for found in replaced if found is not None))
         return are_new
 
     # The way there
 
-    def _prepare(self, number: int) -> bool:
-        """Look at a target, ask its check, and link the file that will be replaced. Whether there is none."""
+    def _prepare(self, number: int) -> Found | None:
+        """Look at a target, ask its check, and link the file that will be replaced, which is returned."""
         target, old = self._targets[number], _numbered(number, b".old")
         found: Found | None = None
         with suppress(FileNotFoundError):
@@ -178,7 +188,7 @@ class BatchFolder:
             os.link(target[-1], old, src_dir_fd=folder, dst_dir_fd=self._descriptor, follow_symlinks=False)
             found = self._tree.look(self._descriptor, old)
         self._checks[number](found)
-        return found is None
+        return found
 
     def _missing_folders(self) -> list[Segments]:
         """All folders on the way to the targets that are not there, the upper ones first."""
@@ -283,7 +293,8 @@ class BatchFolder:
             journal = self._read_journal()
             if journal is not None:
                 self._targets = _segments(journal["targets"])
-                self._undo(_segments(journal["folders"]))
+                with self._tree.naming(self._targets):
+                    self._undo(_segments(journal["folders"]))
         finally:
             self._close()
         return journal is not None
@@ -305,6 +316,8 @@ class BatchFolder:
 
     def _close(self) -> None:
         """Remove the folder, unless its journal is still needed. A failure here is for the log."""
+        for reservation in self._reservations:
+            reservation.give_back()
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor < 0:
             return

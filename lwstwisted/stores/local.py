@@ -28,6 +28,8 @@ Decision
 
 Price
     * A descriptor for each upload, from the first bytes on that are worth a write.
+    * A lock of the name in each commit, and of all its names in each form, which other processes see as well
+      (``locks.py``): one system call to take it, one to give it back.
     * One lock around each making of a folder: who finds a folder may rely on its name being durable. Between
       processes that share a root this relies on the file system keeping a folder's own entry when the folder is
       synced, as ext4, XFS and btrfs do.
@@ -41,7 +43,6 @@ Roads not taken
     * The reactor's own pool: ten threads that DNS shares, so that a slow disk delays name look-ups.
     * A temporary file beside its target and ``rename``: visible to listings, and a crash leaves it anywhere.
     * ``openat2(RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)``: the same guarantee, but Python does not offer it.
-    * ``fallocate`` of the announced length: a client could fill the disk with headers alone.
     * ``os.fsync`` of ``partial`` after a replace: it would only save the sweep some work.
 """
 
@@ -67,6 +68,7 @@ from lwstwisted import errors
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name, anything
 from lwstwisted.stores.batch import BatchFolder, recover_batches
+from lwstwisted.stores.space import Reservation, Space
 from lwstwisted.stores.tree import ATTEMPTS, NO_SPACE, Durability, Segments, Tree, encoded, found_of, keep_digests
 
 __all__ = ["WRITER_THREADS", "Durability", "LocalBatch", "LocalPartial", "LocalStore"]
@@ -190,19 +192,23 @@ class _Draft:
         self._descriptor = -1
         self._name: bytes | None = None
         self._offset = 0
+        self._reservation: Reservation | None = None
+        self._is_named = False
+        self._replaced = 0
         # A descriptor number that was closed may be another upload's by the next write.
         self._entered = Lock()
 
     def begin(self, length: int | None) -> None:
         self._tree.check_target(self._path, self._check)
-        if length is not None:
-            self._tree.check_space(length)
+        self._reservation = Reservation(self._tree.space, length)
 
     def _open(self) -> None:
         if self.is_over:
             raise OSError(errno.EBADF, "the file was given up")
         if self._descriptor < 0:
             self._descriptor, self._name = self._tree.open_partial()
+            if self._reservation is not None:
+                self._reservation.allocate(self._descriptor)
 
     def append(self, data: memoryview) -> None:
         with self._entered:
@@ -235,11 +241,20 @@ class _Draft:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             self._tree.close_partial(descriptor, self._name)
+        reservation, self._reservation = self._reservation, None
+        if reservation is not None:
+            if self._is_named:
+                reservation.keep()
+                self._tree.space.count(-self._replaced)
+            reservation.give_back()
 
     def _write(self, data: memoryview) -> None:
+        assert self._reservation is not None
+        self._reservation.before_write(len(data))
         while data:
             written = os.pwrite(self._descriptor, data, self._offset)
             self._offset += written
+            self._reservation.written(written)
             for running in self._hashes.values():
                 running.update(data[:written])
             data = data[written:]
@@ -275,7 +290,7 @@ class _Draft:
         return is_new
 
     def _link(self, folder: int, last: bytes) -> bool:
-        with self._tree.naming(self._path):
+        with self._tree.naming([self._path]):
             if self._check is not anything:
                 found = None
                 with suppress(FileNotFoundError):
@@ -286,13 +301,16 @@ class _Draft:
     def _link_unchecked(self, folder: int, last: bytes) -> bool:
         try:
             self._link_new(folder, last)
+            self._is_named = True
             return True
         except FileExistsError:
-            self._tree.require_file(os.lstat(last, dir_fd=folder))
+            old = os.lstat(last, dir_fd=folder)
+            self._tree.require_file(old)
         if self._name is None:
             self._name = self._tree.link_partial(self._descriptor)
         os.rename(self._name, last, src_dir_fd=self._tree.partial, dst_dir_fd=folder)
         self._name = None
+        self._is_named, self._replaced = True, old.st_size
         return False
 
     def _link_new(self, folder: int, last: bytes) -> None:
@@ -306,6 +324,7 @@ class _Draft:
         with suppress(OSError):
             if os.path.samestat(os.lstat(last, dir_fd=folder), os.fstat(self._descriptor)):
                 os.unlink(last, dir_fd=folder)
+                self._is_named = False
 
 
 class _BatchDraft(_Draft):
@@ -323,7 +342,9 @@ class _BatchDraft(_Draft):
         super()._open()
 
     def _publish(self) -> bool:
-        self._batch.keep(self._path, self._check, self._link_new)
+        assert self._reservation is not None
+        self._batch.keep(self._path, self._check, self._link_new, self._reservation)
+        self._reservation = None
         return True
 
 
@@ -409,7 +430,7 @@ class LocalBatch:
 
 async def _begin(draft: _Draft, length: int | None, threads: _Threads, partials: set[LocalPartial]) -> LocalPartial:
     partial = LocalPartial(draft, threads, partials)
-    await threads.run(draft.begin, length)
+    await threads.run(draft.begin, length, undo=lambda _: draft.close())
     partials.add(partial)
     return partial
 
@@ -422,6 +443,9 @@ class LocalStore:
     :param durability: ``"full"`` is what this module's docstring promises. ``"data"`` syncs the contents
         only: a power cut may take back names. ``"none"`` leaves all to the kernel.
     :param threads: how many calls may block at once.
+    :param minimum_free: bytes of the disk that no upload takes.
+    :param quota: bytes that all files may take together, counted for all processes that share the root; None for no
+        such limit. To count them is to look at each file, when the first of these processes starts.
     :param use_tmpfile: False gives every file a temporary name from the beginning, as on a file system
         without ``O_TMPFILE``.
     :raises OSError: if the root cannot be made or written to. This blocks; it is meant for the start.
@@ -434,6 +458,8 @@ class LocalStore:
         *,
         durability: Durability = "full",
         threads: int = WRITER_THREADS,
+        minimum_free: int = 0,
+        quota: int | None = None,
         use_tmpfile: bool = True,
     ) -> None:
         if reactor is None:
@@ -441,6 +467,8 @@ class LocalStore:
         self._tree = Tree(Path(root).absolute(), durability, use_tmpfile)
         try:
             recover_batches(self._tree)
+            usage = None if quota is None else self._tree.usage(quota)
+            self._tree.space = Space(self._tree.partial, minimum_free, usage)
         except BaseException:
             self._tree.close()
             raise

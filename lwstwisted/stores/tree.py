@@ -13,7 +13,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Literal
@@ -22,8 +22,10 @@ from twisted.logger import Logger
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name, anything
+from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name
+from lwstwisted.stores.locks import NameLocks
 from lwstwisted.stores.names import STATE_FOLDER, parse_name
+from lwstwisted.stores.space import Space, Usage
 
 Durability = Literal["full", "data", "none"]
 """What is on disk before a commit returns: contents and names, contents, or nothing."""
@@ -39,9 +41,6 @@ STATE_MODE = 0o700
 
 ATTEMPTS = 16
 """How often a race against other threads and processes may be lost before it counts as a failure."""
-
-NAMING_LOCKS = 64
-"""Locks that names share by their hash: enough that two commits seldom wait for each other."""
 
 DIGESTS_ATTRIBUTE = "user.lwstwisted.repr-digest"
 """Extended attribute (xattr(7)) of a finished file: its digests as ``name=hex``, separated by blanks."""
@@ -118,13 +117,16 @@ class Tree:
     def __init__(self, root: Path, durability: Durability, use_tmpfile: bool) -> None:
         self._durability = durability
         self._making = Lock()
-        self._naming = [Lock() for _ in range(NAMING_LOCKS)]
+        self._locks: NameLocks | None = None
         self._make_root(root)
         self.partial = -1
+        self.space = Space(-1, 0, None)
         self._root = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._device = os.fstat(self._root).st_dev
             self._open_state()
+            with self.folder(_PARTIAL_FOLDER[:1]) as state:
+                self._locks = NameLocks(b"locks", state)
             self._sweep()
             self._use_tmpfile = use_tmpfile and self._has_tmpfile()
         except BaseException:
@@ -155,6 +157,9 @@ class Tree:
             if descriptor >= 0:
                 os.close(descriptor)
         self._root = self.partial = -1
+        self.space.close()
+        if self._locks is not None:
+            self._locks.close()
 
     # Durability.
 
@@ -254,23 +259,17 @@ class Tree:
 
     def delete(self, path: Segments, check: Check) -> None:
         with self._folder_of_file(path) as folder:
-            with self.naming(path):
-                if check is not anything:
-                    check(found_of(os.lstat(path[-1], dir_fd=folder)))
+            with self.naming([path]):
+                found = os.lstat(path[-1], dir_fd=folder)
+                check(found_of(found))
                 os.unlink(path[-1], dir_fd=folder)
+            self.space.count(-found.st_size)
             self.sync_folder(folder)
 
-    def naming(self, path: Segments) -> Lock:
-        """To be held while a name is looked at and then changed, so that nobody changes it in between."""
-        return self._naming[hash(path) % len(self._naming)]
-
-    @contextmanager
-    def naming_all(self, paths: Iterable[Segments]) -> Iterator[None]:
-        """Hold :meth:`naming` of several names: each lock once, all in one order, so that nobody waits in a ring."""
-        with ExitStack() as held:
-            for number in sorted({hash(path) % len(self._naming) for path in paths}):
-                held.enter_context(self._naming[number])
-            yield
+    def naming(self, paths: Iterable[Segments]) -> AbstractContextManager[None]:
+        """To be held while names are looked at and then changed, so that nobody changes them in between."""
+        assert self._locks is not None
+        return self._locks.held(paths)
 
     def list_folder(self, path: Segments) -> list[Entry]:
         try:
@@ -294,6 +293,24 @@ class Tree:
             return None
         return Entry(name, is_folder, 0 if is_folder else found.st_size, found.st_mtime)
 
+    # Space.
+
+    def usage(self, quota: int) -> Usage:
+        """The count of what all finished files take, for a quota."""
+        with self.folder(_PARTIAL_FOLDER[:1]) as state:
+            return Usage(state, self._count_bytes, quota)
+
+    def _count_bytes(self) -> int:
+        total = 0
+        for path, folders, names, descriptor in os.fwalk(b".", dir_fd=self._root, follow_symlinks=False):
+            if path == b".":
+                folders.remove(_PARTIAL_FOLDER[0])
+            for name in names:
+                with suppress(FileNotFoundError):
+                    found = os.lstat(name, dir_fd=descriptor)
+                    total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+        return total
+
     # Partial files.
 
     def check_target(self, path: Segments, check: Check) -> None:
@@ -313,12 +330,6 @@ class Tree:
         found = os.lstat(last, dir_fd=folder)
         self.require_file(found)
         return found_of(found)
-
-    def check_space(self, length: int) -> None:
-        disk = os.fstatvfs(self.partial)
-        # No blocks at all (a tmpfs without a limit, some of FUSE): the file system doesn't tell.
-        if disk.f_blocks and length > disk.f_bavail * disk.f_frsize:
-            raise Refused(errors.DISK_FULL)
 
     def open_partial(self) -> tuple[int, bytes | None]:
         """A new file to write to, and its temporary name if it has one."""

@@ -1,0 +1,69 @@
+"""Locks on names, between the threads of a process and between processes that share a root.
+
+A name is locked while it is looked at and then changed, so that nobody changes it in between. The locks are ranges of
+one byte in one file, as *open file description locks* (fcntl(2)): they end with their holder, however that dies, and
+unlike POSIX' process locks they don't end because somebody closes another descriptor of the file. Names share the
+bytes by a hash, which is the same in every process.
+
+All descriptors of the file in one process would be one holder to the kernel, so threads take a lock of their own first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Lock
+
+BYTES = 64
+"""Locks that names share: enough that two commits seldom wait for each other."""
+
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_MODE = 0o600
+
+
+def open_shared(name: bytes, folder: int) -> int:
+    """A descriptor of one of the store's own files that processes share; it is made if it isn't there."""
+    return os.open(name, _OPEN, _MODE, dir_fd=folder)
+
+
+def lock_byte(file: int, at: int, kind: int = fcntl.F_WRLCK, *, wait: bool = True) -> None:
+    """Lock a byte of a file, or unlock it (``F_UNLCK``).
+
+    :raises OSError: ``EAGAIN`` where another holder has it and ``wait`` is False.
+    """
+    # struct flock: type, whence, start, length, pid (which is 0 for these locks).
+    command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
+    fcntl.fcntl(file, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, at, 1, 0))
+
+
+class NameLocks:
+    """The locks of one root. Taking one blocks.
+
+    :param name: of the file, which is made if it isn't there.
+    :param folder: descriptor of its folder.
+    :raises OSError: if the file system has no locks, among others.
+    """
+
+    def __init__(self, name: bytes, folder: int) -> None:
+        self._threads = [Lock() for _ in range(BYTES)]
+        self._file = open_shared(name, folder)
+
+    @contextmanager
+    def held(self, paths: Iterable[tuple[bytes, ...]]) -> Iterator[None]:
+        """Hold the locks of some names: each once, all in one order, so that nobody waits in a ring."""
+        with ExitStack() as held:
+            for at in sorted({zlib.crc32(b"/".join(path)) % BYTES for path in paths}):
+                held.enter_context(self._threads[at])
+                lock_byte(self._file, at)
+                held.callback(lock_byte, self._file, at, fcntl.F_UNLCK)
+            yield
+
+    def close(self) -> None:
+        """Give the descriptor back; may be repeated."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
