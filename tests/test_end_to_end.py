@@ -244,6 +244,21 @@ class UploadTests(EndToEndCase):
             self.round_trip(url, name="after")
             self.assertNotIn("Traceback", server.text)
 
+    def test_full_log(self) -> None:
+        """Lines that can't be written harm nobody: requests are served, what is cut leaves nothing, and it can end."""
+        with self.tls_server("--access-log", "/dev/full") as (server, url):
+            open_before = server.descriptors()
+            self.round_trip(url)
+            (self.root / "file").unlink()
+            self.upload_without_end(server, url).kill()
+            self.assert_nothing_left()
+            wait_until(lambda: server.descriptors() <= open_before, "the upload was given up")
+            server.wait_for(r"(could not be written)")
+            self.upload_without_end(server, url)
+            server.end()
+            self.assertNotIn("Traceback", server.text)
+        self.assert_nothing_left()
+
     def test_server_is_killed(self) -> None:
         """After the restart nothing of the upload is visible or left, and the rest is there."""
         with self.tls_server() as (server, url):

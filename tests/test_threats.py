@@ -622,7 +622,7 @@ class ExhaustionTests(ThreatCase):
 
 def tallied(log: str) -> int:
     """How many refusals outside of requests a log tells of."""
-    sums = re.findall(r"refused outside of requests: (.*); the last one", log)
+    sums = re.findall(r"outside of requests: (.*); the last one", log)
     return sum(int(count) for line in sums for count in re.findall(r"(\d+) \w+", line))
 
 

@@ -102,7 +102,9 @@ class ConditionTests(SynchronousTestCase):
         values = ("new", '"a', '"a" "b"', "*, *", '"a", b', "W/", "\x7f")
         for field, value in product(("if_match", "if_none_match"), values):
             self.assertEqual(outcome(FILE, **{field: value}), 400, value)
-        for value in ("yesterday", "", "Sun, 06 Nov 1994 99:49:37 GMT", "\xe9"):
+        date, many = "Mon, 01 Jan {} {}:00:00 +{}", "9" * 20
+        huge = [date.format(*one) for one in ((many, "00", "00"), (2024, many, "00"), (2024, "00", many))]
+        for value in ("yesterday", "", "Sun, 06 Nov 1994 99:49:37 GMT", "\xe9", *huge):
             self.assertEqual(outcome(FILE, if_unmodified_since=value), 200, value)
 
     def test_forms_of_dates(self) -> None:

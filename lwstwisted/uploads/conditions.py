@@ -137,7 +137,7 @@ def _date(request: Request, name: bytes) -> int | None:
 def _seconds(value: bytes) -> int | None:
     try:
         date = parsedate_to_datetime(value.decode("ascii"))
-    except ValueError:
+    except (OverflowError, ValueError):
         return None
     # Without a zone it is asctime's form, which means UTC here (RFC 9110 section 5.6.7).
     return int((date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp())

@@ -3,6 +3,9 @@
 A browser sends a form of any page to any server that it reaches, with whatever lets its user in there: cookies, a
 password, or only a place inside a network. It also says where the request comes from, and a page can't change that.
 Programs that are no browsers say nothing, and have no user to be abused.
+
+What this can't see is a name that leads to us though it isn't ours (DNS rebinding): to the browser, a page of that name
+is our own. A proxy in front that knows its names keeps those out, and hands the Host field on as it came.
 """
 
 from __future__ import annotations

@@ -21,6 +21,9 @@ from lwstwisted.errors import BodyCut, BodyStopped, Refusal, Refused
 UNSENT = 128 * 1024
 """Bytes that wait in the kernel for room on the line: two slices of an answer, so that it never idles."""
 
+_ACKNOWLEDGED = slice(120, 128)
+"""tcpi_bytes_acked in struct tcp_info (linux/tcp.h)."""
+
 _log = Logger()
 
 
@@ -51,6 +54,18 @@ def unread_bytes(transport: Any) -> int:
     except (AttributeError, TypeError, OSError):
         return 0  # no socket, or no longer one
     return int.from_bytes(count, sys.byteorder)
+
+
+def bytes_read(transport: Any) -> int:
+    """How many bytes the peer has acknowledged, from any origin: only differences mean something.
+
+    :param transport: as for :func:`unread_bytes`.
+    """
+    with suppress(AttributeError, OSError):
+        told = _socket_beneath(transport).getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED.stop)
+        if len(told) == _ACKNOWLEDGED.stop:
+            return int.from_bytes(told[_ACKNOWLEDGED], sys.byteorder)
+    return -unread_bytes(transport)  # of a UNIX socket
 
 
 def limit_unsent(transport: Any) -> None:

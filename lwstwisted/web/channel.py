@@ -54,7 +54,7 @@ from lwstwisted.flow import Valve
 from lwstwisted.interfaces import IBufferReceiver, IStreamingResource
 from lwstwisted.loop.presence import PeerWatch
 from lwstwisted.loop.tls import TLSTransport
-from lwstwisted.web.answers import answer_refusal, bare_answer, limit_unsent, refusal_for, unread_bytes
+from lwstwisted.web.answers import answer_refusal, bare_answer, bytes_read, limit_unsent, refusal_for, unread_bytes
 from lwstwisted.web.body import RequestBody, Spool
 from lwstwisted.web.deadline import Deadline, MinimumRate
 from lwstwisted.web.outgoing import Outgoing
@@ -149,7 +149,7 @@ class StreamingChannel(Protocol):
 
     def bufferReceived(self, view: memoryview) -> None:
         """See :class:`~lwstwisted.interfaces.IBufferReceiver`."""
-        if self._has_lingered:
+        if self._has_lingered and not self._out.is_full and not unread_bytes(self._below):
             self.forceAbortClient()  # TLS waits for its goodbye, and it goes on sending instead
         elif self._life is _Life.OPEN:
             self._is_shaking = False  # a protocol between us and TLS may not tell
@@ -292,9 +292,8 @@ class StreamingChannel(Protocol):
     def _expect_rate(self) -> None:
         limits = self._limits
         if self._rate is None and limits.body_rate:
-            self._rate = MinimumRate(
-                self.factory.reactor, limits.body_rate, limits.body_rate_time, self._body_slow
-            )
+            clock = self.factory.reactor
+            self._rate = MinimumRate(clock, limits.body_rate, limits.body_rate_time, self._body_slow)
         if self._rate is not None:
             self._rate.begin()
 
@@ -507,14 +506,15 @@ class StreamingChannel(Protocol):
         self._expect_reading(self._limits.unread_time)
 
     def _expect_reading(self, seconds: float) -> None:
-        """Abort in ``seconds``, unless the client has read something of its answer by then."""
-        before = unread_bytes(self._below)
+        """Abort in ``seconds``, unless the client has read enough of its answer by then."""
+        # Not what is unread: that grows as well, while the transport hands over what it holds.
+        before = bytes_read(self._below)
         # A client may not read more slowly than it may send; a little that is left has to be read at all.
-        least = max(1, min(before, int(self._limits.body_rate * seconds)))
+        least = max(1, min(unread_bytes(self._below), int(self._limits.body_rate * seconds)))
 
         def look() -> None:
             # The kernel tells us of room when a third of its buffer is free: minutes, for a slow line.
-            if 0 < unread_bytes(self._below) <= before - least:
+            if unread_bytes(self._below) and bytes_read(self._below) - before >= least:
                 self._expect_reading(seconds)
             else:
                 self.forceAbortClient()
@@ -567,7 +567,8 @@ class StreamingChannel(Protocol):
 
     def _say_goodbye(self) -> None:
         # A TLS peer says goodbye when it has read everything, which may take its time.
-        self._expect_reading(self._limits.close_time)
+        late = self._limits.unread_time if unread_bytes(self._below) else self._limits.close_time
+        self._expect_reading(late)
         self._below.unregisterProducer()
         self._below.loseConnection()
 

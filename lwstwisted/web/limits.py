@@ -28,7 +28,7 @@ class Limits:
         wants to spend on thousands of connections.
     :ivar body_rate_time: over which the rate is averaged; the first such span is not judged.
     :ivar idle_time: between requests (nginx' keepalive_timeout).
-    :ivar unread_time: in which a client reads nothing of its answer before it is cut.
+    :ivar unread_time: in which a client has to read of its answer what ``body_rate`` brings in that time, or all.
     :ivar linger_time: for reading an early answer, while the rest of the body is thrown away.
     :ivar close_time: from the decision to close until the connection is aborted: a TLS peer may never say goodbye.
     :ivar requests: on one connection (nginx' keepalive_requests): what a request may leave behind is freed then.

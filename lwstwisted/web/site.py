@@ -89,6 +89,13 @@ class StreamingSite(Site):
         self._of_network[network] += 1
         return True
 
+    def log(self, request: Any) -> None:
+        """See ``HTTPFactory``. A line that can't be written is lost, but the request ends, and gives all back."""
+        try:
+            super().log(request)
+        except Exception as error:
+            self.tally.count(f"lines of the access log that could not be written ({error})", request.getClientAddress())
+
     def leave(self, channel: StreamingChannel) -> None:
         """A connection is over."""
         self.channels.discard(channel)

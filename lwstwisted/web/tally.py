@@ -46,4 +46,4 @@ class Tally:
         self._call = None
         counts, self._counts = self._counts, Counter()
         sums = ", ".join(f"{count} {code}" for code, count in counts.most_common())
-        _log.info("refused outside of requests: {sums}; the last one from {peer}", sums=sums, peer=self._last)
+        _log.info("outside of requests: {sums}; the last one from {peer}", sums=sums, peer=self._last)
