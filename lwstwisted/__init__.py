@@ -25,6 +25,7 @@ The map. Each number is a floor, and imports go downwards only
     deadline.py    1  one timer for one connection, and the least rate of a body
     answers.py     1  what a refused client is told, and whether it reads it
     outgoing.py    2  answers on their way to a client that may be slow
+    plain.py       1  resources that are only looked at
     request.py     1  twisted.web's request, and interim responses
     accesslog.py   2  one line for each request, for people or for programs
     channel.py     3  the protocol: between transport, framing and requests
@@ -36,13 +37,14 @@ The map. Each number is a floor, and imports go downwards only
     tree.py        3  folders and names on the disk, safely resolved
     batch.py       4  files that become visible together or not at all
     local.py       5  the disk: own threads, atomic and durable commit
+    fsck.py        5  what crashes have left, and files that changed by themselves
   uploads/            from requests to stored files
     announced.py   1  what a head says of the bytes behind it
     conditions.py  1  what a client believes of a file: If-Match and its like
     origin.py      1  requests that a page of another site caused
     digests.py     1  what a client says its bytes hash to
     parts.py       1  the parts of a form: limits, names; no I/O
-    pages.py       1  folders with their upload form, as HTML or JSON
+    pages.py       2  folders with their upload form, as HTML or JSON
     transfer.py    2  the bytes of one upload on their way to the store
     put.py         3  PUT
     form.py        3  POST multipart/form-data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from twisted.python.usage import Options as UsageOptions
@@ -11,17 +12,40 @@ from twisted.python.usage import UsageError
 from lwstwisted import __version__
 
 
+class FsckOptions(UsageOptions):
+    """``lwstwisted fsck``."""
+
+    longdesc = (
+        "Find what crashes have left and what can't be served. Exit status, as of fsck(8): 0 nothing, 1 all of it was"
+        " repaired, 4 something is left, 8 it could not be looked at."
+    )
+    optParameters = [["root", "r", "uploads", "Folder of the uploaded files."]]
+    optFlags = [
+        ["dry-run", "n", "Change nothing. [default]"],
+        ["repair", "y", "Take back interrupted forms, and remove what nobody holds, as the next start would."],
+        ["verify", "V", "Read every file that has a digest, and compare."],
+    ]
+
+    def postOptions(self) -> None:
+        """:raises UsageError: for options that contradict each other."""
+        if self["dry-run"] and self["repair"]:
+            raise UsageError("--dry-run changes nothing, and --repair does; say one of them")
+
+
 class Command(UsageOptions):
     """``lwstwisted COMMAND``."""
 
-    synopsis = "Usage: lwstwisted serve [options]"
+    synopsis = "Usage: lwstwisted COMMAND [options]"
 
     @property
     def subCommands(self) -> list[tuple[str, None, object, str]]:
         """What it can do; the service is imported when it is asked for."""
         from lwstwisted.service import Options
 
-        return [("serve", None, Options, "Serve file uploads over HTTP(S).")]
+        return [
+            ("serve", None, Options, "Serve file uploads over HTTP(S)."),
+            ("fsck", None, FsckOptions, "Look at the files of a service, or repair them."),
+        ]
 
     def opt_version(self) -> None:
         """Print the version and exit."""
@@ -31,7 +55,7 @@ class Command(UsageOptions):
     def postOptions(self) -> None:
         """:raises UsageError: without a command."""
         if self.subCommand is None:
-            raise UsageError("name a command: lwstwisted serve")
+            raise UsageError("name a command: lwstwisted serve, or lwstwisted fsck")
 
 
 def main() -> None:
@@ -41,7 +65,8 @@ def main() -> None:
         command.parseOptions()  # type: ignore[no-untyped-call]
     except UsageError as error:
         sys.exit(_complain(error, 2))
-    sys.exit(serve(command.subOptions))
+    run = fsck if command.subCommand == "fsck" else serve
+    sys.exit(run(command.subOptions))
 
 
 def serve(options: Any) -> int:
@@ -68,6 +93,23 @@ def serve(options: Any) -> int:
         print(hint, flush=True)
     reactor.run()
     return 0
+
+
+def fsck(options: Any) -> int:
+    """Look at a root.
+
+    :returns: exit status.
+    """
+    from lwstwisted.stores.fsck import examine
+
+    found = []
+    try:
+        for finding in examine(Path(options["root"]), repair=bool(options["repair"]), verify=bool(options["verify"])):
+            found.append(finding)
+            print(f"{finding.path!r}: {finding.problem}{' (repaired)' if finding.is_repaired else ''}")
+    except OSError as error:
+        return _complain(error, 8)
+    return 0 if not found else 1 if all(finding.is_repaired for finding in found) else 4
 
 
 def _complain(error: Exception, status: int) -> int:

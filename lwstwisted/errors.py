@@ -164,4 +164,7 @@ DISK_FULL = Refusal("disk_full", 507, "There is not enough space on the server f
 TOO_MANY_FILES = Refusal("too_many_files", 503, "The server has too many files open; try again in a moment.")
 STORE_FAILED = Refusal("store_failed", 500, "The server could not store or read the file; try again later.")
 INTERNAL = Refusal("internal", 500, "The server failed in an unforeseen way; it has been logged.")
+NOT_READY = Refusal(
+    "not_ready", 503, "The disk failed to keep what it was given; somebody has to look at it before it gets more."
+)
 STOPPING = Refusal("stopping", 503, "The server is stopping; try again in a moment.")

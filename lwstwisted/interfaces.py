@@ -238,6 +238,13 @@ class Store(Protocol):
         :raises Refused: if it could not become visible there, or there is no space for it.
         """
 
+    @property
+    def failure(self) -> OSError | None:
+        """Why nobody should rely on the store any more, until somebody has looked at it; None as a rule.
+
+        A sync that failed: the kernel may have dropped what it had promised to write, of any file.
+        """
+
     def batch(self) -> Batch:
         """Begin a batch of files. It costs nothing before its first file."""
 

@@ -19,14 +19,19 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.selectreactor import SelectReactor
 from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
+from twisted.web.server import Request
 
+from lwstwisted import errors
 from lwstwisted.certificate import ensure_development_certificate
+from lwstwisted.errors import Refused
+from lwstwisted.interfaces import Store
 from lwstwisted.stores.local import LocalStore
 from lwstwisted.stores.names import STATE_FOLDER
-from lwstwisted.uploads.openapi import Paths, describe, published, redirection
+from lwstwisted.uploads.openapi import describe, published
 from lwstwisted.uploads.resource import UploadResource
 from lwstwisted.web.accesslog import combined_log, json_log
 from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
+from lwstwisted.web.plain import Paths, ReadOnly, redirection, send_content
 from lwstwisted.web.site import LINGERING, StreamingSite
 
 DEFAULT_PORT = 8443
@@ -234,6 +239,8 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
     root.putChild(FILES_PATH, UploadResource(store, options["max-size"]))
     document = describe(f"/{FILES_PATH.decode()}/", options["max-size"], options["limits"])
     root.putChild(b"openapi.json", published(document))
+    root.putChild(b"healthz", ReadOnly(lambda request: send_content(request, b"text/plain", b"alive\n")))
+    root.putChild(b"readyz", ReadOnly(lambda request: send_readiness(request, store)))
     site = StreamingSite(
         root,
         reactor,
@@ -251,6 +258,16 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
     for description in endpoints:
         listening_service(with_backlog(description), site, reactor).setServiceParent(service)
     return service
+
+
+def send_readiness(request: Request, store: Store) -> None:
+    """Answer 200 while uploads should be sent here.
+
+    :raises Refused: ``NOT_READY``.
+    """
+    if store.failure is not None:
+        raise Refused(errors.NOT_READY)
+    send_content(request, b"text/plain", b"ready\n")
 
 
 def default_endpoint(port: int, certificate: Path) -> str:

@@ -40,6 +40,7 @@ ELSEWHERE = {
     "too_many_files": "tests/test_stores_local.py, where a system call fails",
     "store_failed": "tests/test_stores_local.py, where a system call fails",
     "internal": "nobody knows how",
+    "not_ready": "tests/test_service.py, where a sync fails",
     "stopping": "tests/test_stores_local.py",
 }
 """Refusals that no request alone brings about."""
@@ -261,6 +262,8 @@ class AnswerTests(ServiceTestCase):
             (folder, "/files/folder/"),
             ("/", "/"),
             ("/openapi.json", "/openapi.json"),
+            ("/healthz", "/healthz"),
+            ("/readyz", "/readyz"),
         ):
             self.assertEqual(ask("OPTIONS", path, target)[0], 204)
             ask("GET", path, target)
@@ -461,7 +464,7 @@ class SchemathesisTests(ServiceTestCase):
             timeout=10 * PATIENCE,
         )
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        self.assertRegex(done.stdout, r"18 selected / 18 total")
+        self.assertRegex(done.stdout, r"24 selected / 24 total")
         # What it did is seen here and not believed: every operation was called, and the good answers were among them.
         seen = Counter(self.operation_of(line) for line in self.log.read_text(encoding="utf-8").splitlines())
         operations = described(Answers(port).document)

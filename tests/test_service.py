@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import os
 import shlex
@@ -353,6 +354,32 @@ class ServiceTests(TestCase):
             status, said = await deferToThread(self.ask, port, "PUT", path)
             self.assertEqual((status, said), (404, b"There is no such file.\n"), path)
         self.assertEqual((self.folder / "root" / "x").read_bytes(), b"body")
+
+    async def test_readiness(self) -> None:
+        """A sync that fails is not believed in again: the upload is refused, and others are sent elsewhere."""
+        port = free_port()
+        await self.start("--listen", f"tcp:{port}")
+
+        def health() -> list[int]:
+            return [self.ask(port, "GET", path)[0] for path in ("/healthz", "/readyz")]
+
+        self.assertEqual(await deferToThread(health), [200, 200])
+
+        def broken(error: int) -> Any:
+            def fail(descriptor: int) -> None:
+                raise OSError(error, os.strerror(error))
+
+            return fail
+
+        for error, status, then in ((errno.ENOSPC, 507, 200), (errno.EIO, 500, 503)):
+            patch = self.patch(os, "fsync", broken(error))
+            self.assertEqual((await deferToThread(self.ask, port, "PUT", "/files/x", b"body"))[0], status)
+            patch.restore()
+            self.assertEqual(await deferToThread(health), [200, then])
+        # It does what it can, for who doesn't ask.
+        self.assertEqual((await deferToThread(self.ask, port, "PUT", "/files/x", b"body"))[0], 201)
+        status, said = await deferToThread(self.ask, port, "GET", "/readyz")
+        self.assertEqual((status, b"look at it" in said), (503, True))
 
     async def test_max_size(self) -> None:
         """The option reaches the resource."""

@@ -493,6 +493,11 @@ class LocalStore:
         """
         return await _begin(_Draft(self._tree, encoded(name), check, digests), length, self._threads, self._partials)
 
+    @property
+    def failure(self) -> OSError | None:
+        """See :class:`~lwstwisted.interfaces.Store`."""
+        return self._tree.failure
+
     def batch(self) -> LocalBatch:
         """Begin a batch. See :class:`~lwstwisted.interfaces.Store`."""
         return LocalBatch(self._tree, self._threads, self._partials, self._batches)

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -53,7 +53,8 @@ _NAMED = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 OWN_NAME = re.compile(rb"[0-9a-f]{32}")
 """What :func:`new_own_name` gives: of the store's own folders, only such names are ever removed."""
 
-_PARTIAL_FOLDER = (STATE_FOLDER.encode(), b"partial")
+PARTIAL_FOLDER = (STATE_FOLDER.encode(), b"partial")
+"""Where the temporary names of unfinished files are."""
 
 BATCH_FOLDER = (STATE_FOLDER.encode(), b"batches")
 """Where batches are (``batch.py``)."""
@@ -73,7 +74,7 @@ def new_own_name() -> bytes:
 def encoded(name: Name) -> Segments:
     """The segments as the file system has them. The last gate for a name that nobody checked."""
     path = tuple([segment.encode() for segment in name])
-    if path[:1] == _PARTIAL_FOLDER[:1] or any(s in (b"", b".", b"..") or b"/" in s for s in path):
+    if path[:1] == PARTIAL_FOLDER[:1] or any(s in (b"", b".", b"..") or b"/" in s for s in path):
         raise ValueError(f"unchecked name: {name!r}")
     return path
 
@@ -114,7 +115,8 @@ class Tree:
 
     _log = Logger()
 
-    def __init__(self, root: Path, durability: Durability, use_tmpfile: bool) -> None:
+    def __init__(self, root: Path, durability: Durability, use_tmpfile: bool, sweep: bool = True) -> None:
+        self.failure: OSError | None = None
         self._durability = durability
         self._making = Lock()
         self._locks: NameLocks | None = None
@@ -125,9 +127,10 @@ class Tree:
         try:
             self._device = os.fstat(self._root).st_dev
             self._open_state()
-            with self.folder(_PARTIAL_FOLDER[:1]) as state:
+            with self.folder(PARTIAL_FOLDER[:1]) as state:
                 self._locks = NameLocks(b"locks", state)
-            self._sweep()
+            if sweep:
+                self._sweep()
             self._use_tmpfile = use_tmpfile and self._has_tmpfile()
         except BaseException:
             self.close()
@@ -144,11 +147,11 @@ class Tree:
                 os.close(parent)
 
     def _open_state(self) -> None:
-        for path in (_PARTIAL_FOLDER, BATCH_FOLDER):
+        for path in (PARTIAL_FOLDER, BATCH_FOLDER):
             for depth, segment in enumerate(path):
                 with self.folder(path[:depth]) as folder:
                     self._make(folder, segment, STATE_MODE)
-        with self.folder(_PARTIAL_FOLDER) as folder:
+        with self.folder(PARTIAL_FOLDER) as folder:
             self.partial = os.dup(folder)
 
     def close(self) -> None:
@@ -165,13 +168,22 @@ class Tree:
 
     def sync_file(self, descriptor: int) -> None:
         if self._durability == "full":
-            os.fsync(descriptor)
+            self._sync(os.fsync, descriptor)
         elif self._durability == "data":
-            os.fdatasync(descriptor)
+            self._sync(os.fdatasync, descriptor)
 
     def sync_folder(self, descriptor: int) -> None:
         if self._durability == "full":
-            os.fsync(descriptor)
+            self._sync(os.fsync, descriptor)
+
+    def _sync(self, call: Callable[[int], None], descriptor: int) -> None:
+        try:
+            call(descriptor)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                # Nobody knows what else the kernel has dropped: not this store's word alone is in doubt any more.
+                self.failure = error
+            raise
 
     # Walking.
 
@@ -297,19 +309,21 @@ class Tree:
 
     def usage(self, quota: int) -> Usage:
         """The count of what all finished files take, for a quota."""
-        with self.folder(_PARTIAL_FOLDER[:1]) as state:
+        with self.folder(PARTIAL_FOLDER[:1]) as state:
             return Usage(state, self._count_bytes, quota)
 
     def _count_bytes(self) -> int:
-        total = 0
-        for path, folders, names, descriptor in os.fwalk(b".", dir_fd=self._root, follow_symlinks=False):
-            if path == b".":
-                folders.remove(_PARTIAL_FOLDER[0])
-            for name in names:
-                with suppress(FileNotFoundError):
-                    found = os.lstat(name, dir_fd=descriptor)
-                    total += found.st_size if stat.S_ISREG(found.st_mode) else 0
-        return total
+        return sum(status.st_size for _, status, _ in self.walk() if stat.S_ISREG(status.st_mode))
+
+    def walk(self) -> Iterator[tuple[Segments, os.stat_result, int]]:
+        """All that is beneath the root, but the store's own: path, status, and a descriptor of the folder it is in."""
+        for top, folders, names, folder in os.fwalk(b".", dir_fd=self._root, follow_symlinks=False):
+            above = tuple(top.split(b"/")[1:])
+            if not above:
+                folders.remove(PARTIAL_FOLDER[0])
+            for name in [*folders, *names]:
+                with suppress(FileNotFoundError):  # it was removed meanwhile
+                    yield (*above, name), os.lstat(name, dir_fd=folder), folder
 
     # Partial files.
 
@@ -392,11 +406,12 @@ class Tree:
 
     def _sweep(self) -> None:
         names = [os.fsencode(name) for name in os.listdir(self.partial)]
-        swept = sum(self._sweep_one(name) for name in names if OWN_NAME.fullmatch(name))
+        swept = sum(self.sweep_one(name) for name in names if OWN_NAME.fullmatch(name))
         if swept:
             self._log.info("store: removed {swept} unfinished files of an earlier run", swept=swept)
 
-    def _sweep_one(self, name: bytes) -> bool:
+    def sweep_one(self, name: bytes) -> bool:
+        """Remove an unfinished file that nobody holds; whether it is gone."""
         try:
             descriptor = os.open(name, _READ, dir_fd=self.partial)
         except OSError:

@@ -1,4 +1,4 @@
-"""The service described by itself: an OpenAPI 3.1 document, and the resource that publishes it.
+"""The service described by itself: an OpenAPI 3.1 document.
 
 What can be counted or listed comes from the constants that the code obeys: limits, names, digests, and all refusals
 with their status and sentence (``errors.py``). What a client may rely on is written down; what it may not is left out.
@@ -12,22 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from twisted.web.http import NO_CONTENT, PARTIAL_CONTENT, REQUESTED_RANGE_NOT_SATISFIABLE
-from twisted.web.resource import Resource
-from twisted.web.server import Request
-from zope.interface import implementer
 
 from lwstwisted import __version__, errors
-from lwstwisted.errors import Refusal, Refused
-from lwstwisted.interfaces import IRequestBody, IStreamingResource
+from lwstwisted.errors import Refusal
 from lwstwisted.stores.names import PATH_LIMIT, SEGMENT_LIMIT, STATE_FOLDER
 from lwstwisted.uploads.digests import ALGORITHMS
 from lwstwisted.uploads.form import FIELD_BYTES
 from lwstwisted.uploads.parts import BOUNDARY_LENGTH, HEADER_LINES, PARTS
 from lwstwisted.web.limits import MAX_LENGTH, Limits
+from lwstwisted.web.plain import ReadOnly, send_content
 
 Json = dict[str, Any]
 
@@ -348,6 +345,11 @@ def _file(path: Json) -> Json:
     }
 
 
+def _health(name: str, summary: str, refusals: Iterable[Refusal]) -> Json:
+    answer = {"200": {"description": "Yes.", "headers": _NO_SNIFFING, "content": {"text/plain": {}}}}
+    return {**_both(name, summary, answer, refusals), **_options(name)}
+
+
 def describe(files: str, max_size: int, limits: Limits) -> Json:
     """The OpenAPI document of a service.
 
@@ -370,6 +372,8 @@ def describe(files: str, max_size: int, limits: Limits) -> Json:
         },
         "paths": {
             "/": {**_both("Home", "Lead to the files.", redirect, _HEAD), **_options("Home")},
+            "/healthz": _health("Health", "Tell that the service runs.", _HEAD),
+            "/readyz": _health("Readiness", "Tell whether uploads should be sent here.", (*_HEAD, errors.NOT_READY)),
             "/openapi.json": {**_both("OpenAPI", "Describe the service.", itself, _HEAD), **_options("OpenAPI")},
             files: _folder("Root", "the folder of all files"),
             f"{files}{{path}}": _file(path),
@@ -410,63 +414,8 @@ def _prose(files: str, max_size: int, limits: Limits) -> str:
     )
 
 
-@implementer(IStreamingResource)
-class Paths(Resource):
-    """A resource for some paths, and 404 for all others, in plain text."""
-
-    async def receive(self, request: Request, body: IRequestBody) -> None:
-        """See :class:`~lwstwisted.interfaces.IStreamingResource`."""
-        raise Refused(errors.NOT_FOUND)
-
-    def getChild(self, path: bytes, request: Request) -> Resource:
-        """See ``Resource``."""
-        return Paths()  # type: ignore[no-untyped-call]
-
-
-class ReadOnly(Paths):
-    """What is only looked at.
-
-    :param send: makes the answer to GET and HEAD, and finishes it.
-    """
-
-    _ALLOWED = b"GET, HEAD, OPTIONS"
-
-    def __init__(self, send: Callable[[Request], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._send = send
-
-    async def receive(self, request: Request, body: IRequestBody) -> None:
-        """See :class:`~lwstwisted.interfaces.IStreamingResource`."""
-        if request.method in (b"GET", b"HEAD"):
-            self._send(request)
-        elif request.method == b"OPTIONS":
-            request.setResponseCode(NO_CONTENT)
-            request.setHeader(b"Allow", self._ALLOWED)
-            request.finish()
-        else:
-            raise Refused(errors.METHOD_NOT_ALLOWED, {b"Allow": self._ALLOWED})
-
-
-def redirection(target: bytes) -> ReadOnly:
-    """A resource that leads to another one."""
-
-    def send(request: Request) -> None:
-        request.redirect(target)
-        request.setHeader(b"Content-Length", b"0")
-        request.finish()
-
-    return ReadOnly(send)
-
-
 def published(document: Json) -> ReadOnly:
     """A resource that publishes a document."""
     data = json.dumps(document, ensure_ascii=False).encode() + b"\n"
 
-    def send(request: Request) -> None:
-        request.setHeader(b"Content-Type", b"application/json")
-        request.setHeader(b"Content-Length", b"%d" % len(data))
-        request.setHeader(b"X-Content-Type-Options", b"nosniff")
-        request.write(data)
-        request.finish()
-
-    return ReadOnly(send)
+    return ReadOnly(lambda request: send_content(request, b"application/json", data))

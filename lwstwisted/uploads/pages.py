@@ -16,6 +16,7 @@ from urllib.parse import quote
 from twisted.web.server import Request
 
 from lwstwisted.interfaces import Entry
+from lwstwisted.web.plain import send_content
 
 _STYLE = (
     "body{font:1rem/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}"
@@ -57,13 +58,8 @@ def send_page(request: Request, title: str, content: str) -> None:
 
 
 def _send(request: Request, kind: bytes, text: str) -> None:
-    data = text.encode()
-    request.setHeader(b"Content-Type", kind)
-    request.setHeader(b"Content-Length", b"%d" % len(data))
-    request.setHeader(b"X-Content-Type-Options", b"nosniff")
     request.setHeader(b"Vary", b"Accept")
-    request.write(data)
-    request.finish()
+    send_content(request, kind, text.encode())
 
 
 def send_listing(request: Request, path: str, entries: Sequence[Entry]) -> None:

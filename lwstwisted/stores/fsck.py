@@ -1,0 +1,125 @@
+"""Look at the root of a store: what crashes have left in it, and whether files are what their digests say.
+
+A service may use the root meanwhile: what somebody holds (``flock``) is under way, and left alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lwstwisted.errors import Refused
+from lwstwisted.stores.batch import BatchFolder
+from lwstwisted.stores.names import STATE_FOLDER, parse_name
+from lwstwisted.stores.tree import BATCH_FOLDER, OWN_NAME, PARTIAL_FOLDER, Segments, Tree, kept_digests
+
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_READ = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that isn't as it should be.
+
+    :ivar path: beneath the root.
+    :ivar problem: a few words.
+    :ivar is_repaired: whether it is mended now.
+    """
+
+    path: str
+    problem: str
+    is_repaired: bool = False
+
+
+def examine(root: Path, *, repair: bool, verify: bool) -> Iterator[Finding]:
+    """Look at a root.
+
+    :param repair: take back interrupted forms and remove what crashes left, as the next start would; else nothing is
+        changed.
+    :param verify: read every file that has a digest.
+    :raises OSError: if the root can't be read, or is none.
+    """
+    if not (root / STATE_FOLDER).is_dir():
+        raise FileNotFoundError(f"{root} is not the root of a store: it has no {STATE_FOLDER}")
+    tree = Tree(root, "full", use_tmpfile=False, sweep=False)
+    try:
+        yield from _leftovers(tree, PARTIAL_FOLDER, "an unfinished upload that nobody holds", repair)
+        yield from _leftovers(tree, BATCH_FOLDER, "an interrupted form that nobody holds", repair)
+        yield from _names(tree)
+        if verify:
+            yield from _digests(tree)
+    finally:
+        tree.close()
+
+
+def _leftovers(tree: Tree, path: Segments, problem: str, repair: bool) -> Iterator[Finding]:
+    with tree.folder(path) as folder:
+        for name in sorted(map(os.fsencode, os.listdir(folder))):
+            where = os.fsdecode(b"/".join([*path, name]))
+            if not OWN_NAME.fullmatch(name):
+                yield Finding(where, "not the store's own; it is never touched")
+            elif not _is_held(folder, name):
+                yield Finding(where, problem, repair and _remove(tree, path, folder, name))
+
+
+def _is_held(folder: int, name: bytes) -> bool:
+    """Whether somebody uses it, or has removed it meanwhile."""
+    try:
+        descriptor = os.open(name, _OPEN, dir_fd=folder)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _remove(tree: Tree, path: Segments, folder: int, name: bytes) -> bool:
+    try:
+        if path == PARTIAL_FOLDER:
+            return tree.sweep_one(name)
+        BatchFolder(tree).recover(folder, name)
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
+    return not os.path.lexists(f"/proc/self/fd/{folder}/{os.fsdecode(name)}")
+
+
+def _names(tree: Tree) -> Iterator[Finding]:
+    for path, status, _ in tree.walk():
+        where = os.fsdecode(b"/".join(path))
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            yield Finding(where, "neither a file nor a folder; it is not served")
+            continue
+        try:
+            is_reachable = tuple(segment.encode() for segment in parse_name(list(path))) == path
+        except Refused:
+            is_reachable = False
+        if not is_reachable:
+            yield Finding(where, "a name that nobody can ask for; it is not served")
+
+
+def _digests(tree: Tree) -> Iterator[Finding]:
+    for path, status, folder in tree.walk():
+        if not stat.S_ISREG(status.st_mode):
+            continue
+        try:
+            descriptor = os.open(path[-1], _OPEN, dir_fd=folder)
+        except FileNotFoundError:
+            continue  # it was deleted meanwhile
+        with os.fdopen(descriptor, "rb") as file:
+            kept = kept_digests(descriptor)
+            running = {name: hashlib.new(name) for name in kept}
+            while running and (data := file.read(_READ)):
+                for one in running.values():
+                    one.update(data)
+        for name, one in running.items():
+            if one.digest() != kept[name]:
+                yield Finding(os.fsdecode(b"/".join(path)), f"its contents are not what its {name} says")
