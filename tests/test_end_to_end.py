@@ -247,9 +247,9 @@ class UploadTests(EndToEndCase):
     def test_full_log(self) -> None:
         """Lines that can't be written harm nobody: requests are served, what is cut leaves nothing, and it can end."""
         with self.tls_server("--access-log", "/dev/full") as (server, url):
-            open_before = server.descriptors()
             self.round_trip(url)
             (self.root / "file").unlink()
+            open_before = server.descriptors()
             self.upload_without_end(server, url).kill()
             self.assert_nothing_left()
             wait_until(lambda: server.descriptors() <= open_before, "the upload was given up")

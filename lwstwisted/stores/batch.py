@@ -59,7 +59,17 @@ from twisted.logger import Logger
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import Check, Found
 from lwstwisted.stores.space import Reservation
-from lwstwisted.stores.tree import ATTEMPTS, BATCH_FOLDER, OWN_NAME, STATE_MODE, Segments, Tree, encoded, new_own_name
+from lwstwisted.stores.tree import (
+    ATTEMPTS,
+    BATCH_FOLDER,
+    OWN_NAME,
+    STATE_MODE,
+    Segments,
+    Tree,
+    close_folder,
+    encoded,
+    new_own_name,
+)
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -109,9 +119,15 @@ class BatchFolder:
                 with self._tree.folder(BATCH_FOLDER) as parent:
                     os.mkdir(name, STATE_MODE, dir_fd=parent)
                     # Another process' start may come between any two of these steps.
-                    with suppress(FileNotFoundError, BlockingIOError):
+                    try:
                         self._own(parent, name)
                         return
+                    except (FileNotFoundError, BlockingIOError):
+                        continue
+                    except OSError:
+                        with suppress(OSError):
+                            os.rmdir(name, dir_fd=parent)
+                        raise
             raise OSError(errno.EBUSY, "other processes keep sweeping new batches")
 
     def _own(self, parent: int, name: bytes) -> None:
@@ -168,6 +184,8 @@ class BatchFolder:
                 self._place(folder, numbers, are_new)
             self._remove_journal()
         except BaseException:
+            with suppress(OSError):
+                self._require_journal(made)
             self._undo(made)
             raise
         for reservation in self._reservations:
@@ -224,7 +242,12 @@ class BatchFolder:
         finally:
             os.close(journal)
         os.rename(_DRAFT, _JOURNAL, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
-        self._tree.sync_folder(self._descriptor)
+        try:
+            self._tree.sync_folder(self._descriptor)
+        except OSError:
+            # No name was given yet, so there is nothing to take back: not now, and not at the next start.
+            os.unlink(_JOURNAL, dir_fd=self._descriptor)
+            raise
 
     def _place(self, path: Segments, numbers: list[int], are_new: list[bool]) -> None:
         with self._tree.folder(path, made=[]) as folder:
@@ -250,6 +273,13 @@ class BatchFolder:
         self._tree.sync_folder(self._descriptor)
 
     # The way back
+
+    def _require_journal(self, made: list[Segments]) -> None:
+        """Have the journal again if all that failed was the sync behind its removal: the way back may fail as well."""
+        try:
+            os.lstat(_JOURNAL, dir_fd=self._descriptor)
+        except FileNotFoundError:
+            self._write_journal(made)
 
     def _undo(self, made: list[Segments]) -> None:
         """Make everything as it was before the journal.
@@ -331,7 +361,7 @@ class BatchFolder:
         except OSError as error:
             self._log.warn("store: a batch stays until the next start: {error}", error=error)
         finally:
-            os.close(descriptor)
+            close_folder(descriptor)
 
 
 def recover_batches(tree: Tree) -> None:

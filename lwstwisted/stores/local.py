@@ -75,6 +75,9 @@ __all__ = ["WRITER_THREADS", "Durability", "LocalBatch", "LocalPartial", "LocalS
 
 T = TypeVar("T")
 
+READER_THREADS = 4
+"""Further threads, for what only looks: a listing doesn't wait for the uploads of a slow disk."""
+
 WRITER_THREADS = 8
 """Threads of a store: they wait more than they work, and a journal syncs several files at once. Commits of
 4 KiB files per second with 1, 2, 4, 8, 16, 32 threads on two cores and a quick disk: 1680, 2280, 2880, 2620,
@@ -442,7 +445,7 @@ class LocalStore:
     :param reactor: where the results of the threads come back; the global one by default.
     :param durability: ``"full"`` is what this module's docstring promises. ``"data"`` syncs the contents
         only: a power cut may take back names. ``"none"`` leaves all to the kernel.
-    :param threads: how many calls may block at once.
+    :param threads: how many calls that write may block at once.
     :param minimum_free: bytes of the disk that no upload takes.
     :param quota: bytes that all files may take together, counted for all processes that share the root; None for no
         such limit. To count them is to look at each file, when the first of these processes starts.
@@ -473,6 +476,7 @@ class LocalStore:
             self._tree.close()
             raise
         self._threads = _Threads(cast(IReactorFromThreads, reactor), threads)
+        self._readers = _Threads(cast(IReactorFromThreads, reactor), READER_THREADS)
         self._partials: set[LocalPartial] = set()
         self._batches: set[LocalBatch] = set()
         # A process whose threads go on doesn't end.
@@ -504,7 +508,7 @@ class LocalStore:
 
     async def open_file(self, name: Name) -> int:
         """Open a finished file for reading. See :class:`~lwstwisted.interfaces.Store`."""
-        return await self._threads.run(self._tree.open_file, encoded(name), undo=os.close)
+        return await self._readers.run(self._tree.open_file, encoded(name), undo=os.close)
 
     async def list_folder(self, name: Name) -> list[Entry]:
         """What is in a folder. See :class:`~lwstwisted.interfaces.Store`.
@@ -512,7 +516,7 @@ class LocalStore:
         Names that :func:`~lwstwisted.stores.names.parse_name` would not give are left out, as nobody could
         ask for them; so are links, special files and what is mounted.
         """
-        return await self._threads.run(self._tree.list_folder, encoded(name))
+        return await self._readers.run(self._tree.list_folder, encoded(name))
 
     def describe(self, fd: int) -> Found:
         """What is open. See :class:`~lwstwisted.interfaces.Store`."""
@@ -530,11 +534,13 @@ class LocalStore:
         trigger, self._at_shutdown = self._at_shutdown, None
         if trigger is not None:
             self._core.removeSystemEventTrigger(trigger)
-        self._threads.stopping = True
+        self._threads.stopping = self._readers.stopping = True
+        await self._readers.idle()
         await self._threads.idle()
         for partial in list(self._partials):
             await partial.discard()
         for batch in list(self._batches):
             await batch.discard()
+        self._readers.stop()
         self._threads.stop()
         self._tree.close()

@@ -15,7 +15,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from threading import Lock
 
 BYTES = 64
@@ -59,8 +59,12 @@ class NameLocks:
             for at in sorted({zlib.crc32(b"/".join(path)) % BYTES for path in paths}):
                 held.enter_context(self._threads[at])
                 lock_byte(self._file, at)
-                held.callback(lock_byte, self._file, at, fcntl.F_UNLCK)
+                held.callback(self._unlock, at)
             yield
+
+    def _unlock(self, at: int) -> None:
+        with suppress(OSError):  # what was done under the lock stands, whatever this says
+            lock_byte(self._file, at, fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Give the descriptor back; may be repeated."""
