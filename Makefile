@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed$(HERE)
 INSTALLED_TEST := $(VENV)/.installed-test$(HERE)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick bench fuzz suites crash lint clean
+.PHONY: help run test quick bench fuzz powercut suites crash lint clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -45,6 +45,10 @@ suites: $(INSTALLED_TEST)  ## Twisted's own suites on its reactors and on ours (
 fuzz: $(INSTALLED_TEST)  ## look for bytes that break framing or forms (ten minutes)
 	@$(PIP) install --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz
+
+powercut: $(INSTALLED_TEST)  ## cut the power under load: 500 times by shutdown, 2000 by the block log (root; 15 minutes)
+	@tests/install-apt.sh
+	$(BIN)/python -m tests.powercut
 
 crash: $(INSTALLED_TEST)  ## kill a service under load 300 times, and see what is left of its promises (ten minutes)
 	$(BIN)/python -m tests.crash
