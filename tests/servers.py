@@ -9,15 +9,18 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition, Thread
+from unittest import SkipTest
 
 PATIENCE = 30.0
 """Seconds that anything here may take before it counts as hanging."""
@@ -177,6 +180,32 @@ def twistd(*options: str | Path, reactor: str = "lws") -> list[str | Path]:
     """The command line of a service under twistd."""
     script("lwstwisted")  # where that is missing, twistd doesn't know us either
     return [script("twistd"), "--nodaemon", "--pidfile=", f"--reactor={reactor}", "lwstwisted", *options]
+
+
+@contextmanager
+def traced(*options: str) -> Iterator[list[str]]:
+    """Have strace look at threads, which the options name; gives the lines with what it saw, at the end.
+
+    :raises unittest.SkipTest: where that can't be done.
+    """
+    program = shutil.which("strace")
+    if program is None:
+        raise SkipTest("needs strace")
+    with tempfile.TemporaryDirectory(prefix="lwstwisted-") as folder:
+        lines: list[str] = []
+        log = Path(folder) / "log"
+        strace = subprocess.Popen([program, "-y", "-o", log, *options], stderr=subprocess.PIPE, text=True)
+        assert strace.stderr is not None
+        with strace.stderr:
+            said = strace.stderr.readline()
+            try:
+                if "attached" not in said:
+                    raise SkipTest(f"strace cannot attach here: {said.strip()}")
+                yield lines
+            finally:
+                strace.terminate()
+                strace.wait()
+        lines.extend(log.read_text(errors="backslashreplace").splitlines())
 
 
 def tls_endpoint(certificate: Path, port: int = 0) -> str:

@@ -18,7 +18,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,9 +27,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from twisted.trial.unittest import SkipTest, SynchronousTestCase
+from twisted.trial.unittest import SynchronousTestCase
 
-from tests.servers import PATIENCE, Server, script, serving, unfinished_beneath, wait_until
+from tests.servers import PATIENCE, Server, script, serving, traced, unfinished_beneath, wait_until
 from tests.test_stores_batch import batches_of
 from tests.test_stores_local import tree_of
 
@@ -119,29 +118,6 @@ def connections(port: int) -> list[str]:
     sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     ours = [fields for fields in sockets if fields[1].endswith(f":{port:04X}")]
     return [fields[9] for fields in ours if fields[3] != "0A" and fields[9] != "0"]
-
-
-@contextmanager
-def traced(*options: str) -> Iterator[list[str]]:
-    """Have strace look at threads; gives the lines with what it saw, which are there at the end."""
-    program = shutil.which("strace")
-    if program is None:
-        raise SkipTest("needs strace")
-    with tempfile.TemporaryDirectory(prefix="lwstwisted-") as folder:
-        lines: list[str] = []
-        log = Path(folder) / "log"
-        strace = subprocess.Popen([program, "-y", "-o", log, *options], stderr=subprocess.PIPE, text=True)
-        assert strace.stderr is not None
-        with strace.stderr:
-            said = strace.stderr.readline()
-            try:
-                if "attached" not in said:
-                    raise SkipTest(f"strace cannot attach here: {said.strip()}")
-                yield lines
-            finally:
-                strace.terminate()
-                strace.wait()
-        lines.extend(log.read_text(errors="backslashreplace").splitlines())
 
 
 class FaultCase(SynchronousTestCase):

@@ -14,7 +14,6 @@ import stat
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -28,6 +27,7 @@ from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
 from lwstwisted.stores.local import FILE_MODE, LocalStore
 from lwstwisted.stores.names import parse_name
+from tests import servers
 from tests.contracts import EDGE, StoreContract, get, names_in, put, refusal_of, sample, together
 
 NOTHING = memoryview(b"")
@@ -454,31 +454,9 @@ class DiskFullTests(LocalCase):
         await store.stop()
 
 
-@contextlib.contextmanager
-def traced(*options: str) -> Iterator[list[str]]:
-    """Have strace look at this process; gives the lines with what it saw, which are there at the end."""
-    program = shutil.which("strace")
-    if program is None:
-        raise SkipTest("needs strace")
-    with tempfile.TemporaryDirectory(prefix="lwstwisted-") as folder:
-        lines: list[str] = []
-        log = Path(folder) / "log"
-        strace = subprocess.Popen(
-            [program, "-f", "-y", "-o", str(log), *options, "-p", str(os.getpid())],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert strace.stderr is not None
-        with strace.stderr:
-            said = strace.stderr.readline()
-            try:
-                if "attached" not in said:
-                    raise SkipTest(f"strace cannot attach here: {said.strip()}")
-                yield lines
-            finally:
-                strace.terminate()
-                strace.wait()
-        lines.extend(log.read_text().splitlines())
+def traced(*options: str) -> contextlib.AbstractContextManager[list[str]]:
+    """Have strace look at this process."""
+    return servers.traced("-f", *options, "-p", str(os.getpid()))
 
 
 WATCHED = (
