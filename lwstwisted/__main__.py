@@ -106,8 +106,8 @@ def fsck(options: Any) -> int:
     try:
         for finding in examine(Path(options["root"]), repair=bool(options["repair"]), verify=bool(options["verify"])):
             found.append(finding)
-            print(f"{finding.path!r}: {finding.problem}{' (repaired)' if finding.is_repaired else ''}")
-    except OSError as error:
+            print(f"{finding.path!a}: {finding.problem}{' (repaired)' if finding.is_repaired else ''}")
+    except Exception as error:  # Python's own status for it, 1, would say that all is well now
         return _complain(error, 8)
     return 0 if not found else 1 if all(finding.is_repaired for finding in found) else 4
 

@@ -105,6 +105,8 @@ class Options(UsageOptions):
         self["max-size"] = MAX_LENGTH if self["max-size"] is None else parse_size("--max-size", self["max-size"])
         self["min-free"] = parse_size("--min-free", self["min-free"])
         self["quota"] = None if self["quota"] is None else parse_size("--quota", self["quota"])
+        if self["quota"] == 0:
+            raise UsageError("--quota is above 0; without it there is no limit")
         if self["listen"] and self["port"] != DEFAULT_PORT:
             raise UsageError("--port is for the default listener; with --listen, name the port there")
         if not 1 <= self["port"] <= 65535:

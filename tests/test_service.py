@@ -256,6 +256,7 @@ class OptionsTests(SynchronousTestCase):
         """Each is told in one sentence that names the option."""
         for words, part in (
             (["--durability", "ful"], "--durability"),
+            (["--quota", "0"], "--quota"),
             (["--limit", "bodyrate=1"], "body-rate"),
             (["--limit", "body-rate"], "--limit body-rate"),
             (["--limit", "body-rate=fast"], "--limit body-rate"),

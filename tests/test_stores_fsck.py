@@ -10,10 +10,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
 from twisted.trial.unittest import SynchronousTestCase
 
+from lwstwisted import errors
 from lwstwisted.stores.tree import DIGESTS_ATTRIBUTE
-from tests.contracts import put
+from tests.contracts import put, refusal_of
 from tests.servers import PATIENCE, script, serving, twistd, unfinished_beneath, visible_beneath, wait_until
 from tests.test_stores_local import LocalCase
 
@@ -147,6 +149,18 @@ class TreeTests(FsckCase):
         self.assertEqual((status, len(lines)), (4, 2))
         self.assertTrue(all("sha256" in line and "bad" in line for line in lines), lines)
 
+    def test_not_to_be_understood(self) -> None:
+        """What can't be looked at is a finding, and what can't go on is no success."""
+        (self.root / "file").write_bytes(b"x")
+        for value in (b"nosuch=00", b"shake_128=00"):
+            os.setxattr(self.root / "file", DIGESTS_ATTRIBUTE, value)
+            status, lines = fsck(self.root, "--verify")
+            self.assertEqual((status, len(lines)), (4, 1), lines)
+        self.partial.rmdir()
+        self.partial.symlink_to(self.folder)
+        status, lines = fsck(self.root)
+        self.assertEqual((status, len(lines)), (8, 1), lines)
+
     def test_no_root(self) -> None:
         """A folder that is no root is not made one, and options that contradict each other are told."""
         status, lines = fsck(self.folder)
@@ -156,8 +170,22 @@ class TreeTests(FsckCase):
         self.assertEqual(fsck(self.root, "--repair", "--dry-run")[0], 2)
 
 
-class RealDigestTests(LocalCase):
-    """What the store itself keeps."""
+class RealTreeTests(LocalCase):
+    """What the store itself makes."""
+
+    @pytest.mark.slow
+    async def test_deep(self) -> None:
+        """As many folders in each other as a path can name keep no service from its start."""
+        store = self.make_store()
+        await put(store, (*["d"] * 1100, "file"), b"x")
+        await store.stop()
+        again = self.make_store(quota=1000)
+        assert await refusal_of(again.create(("y",), 1000)) is errors.QUOTA_EXCEEDED
+        await put(again, ("y",), bytes(999))
+        await again.stop()
+        self.assertEqual(fsck(self.root), (0, []))
+        # No path is so long that it can be removed at once.
+        subprocess.run(["rm", "-rf", str(self.root / "d")], check=True)
 
     async def test_kept(self) -> None:
         """The digest of an upload is what fsck compares with."""

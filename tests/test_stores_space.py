@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import skipUnless
@@ -14,9 +15,10 @@ from twisted.trial.unittest import TestCase
 
 from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
+from lwstwisted.stores import locks
 from lwstwisted.stores.space import RESERVED_FROM, Reservation, Space, fallocate
 from tests.contracts import NOTHING, put, put_into, refusal_of, together
-from tests.test_stores_local import LocalCase
+from tests.test_stores_local import LocalCase, open_beneath
 
 MIB = 1024 * 1024
 TOP = Path(__file__).parent.parent
@@ -196,6 +198,54 @@ class QuotaTests(LocalCase):
         await put(store, ("x",), bytes(1000))
 
 
+    async def test_not_counted(self) -> None:
+        """What can't be given back stays counted, and changes no answer: the files are there."""
+        store = self.make_store(quota=10_000)
+        await put(store, ("a",), bytes(100))
+        usage = store._tree.space._usage
+        assert usage is not None
+        add = usage.add
+
+        def fail(count: int) -> None:
+            if count < 0:
+                raise OSError(28, "the disk is full")
+            add(count)
+
+        self.patch(usage, "add", fail)
+        assert await put(store, ("a",), bytes(50)) is False
+        batch = store.batch()
+        await put_into(batch, ("a",), bytes(60))
+        assert await batch.commit() == [False]
+        await batch.discard()
+        await store.delete(("a",))
+        assert (store._partials, store._batches) == (set(), set())
+
+    async def test_a_stopped_process(self) -> None:
+        """Who waits for a lock that somebody keeps gives up, and does nothing under it."""
+        self.patch(locks, "PATIENCE", 0.3)
+        store = self.make_store(quota=1000)
+        for name, at in (("usage", 0), ("locks", zlib.crc32(b"file") % locks.BYTES)):
+            holder = os.open(self.root / ".lwstwisted" / name, os.O_RDWR)
+            try:
+                locks.lock_byte(holder, at)
+                assert await refusal_of(put(store, ("file",), b"x")) is errors.STORE_FAILED
+                assert await put(store, ("other" if name == "locks" else "empty",), b"") in (True, False)
+            finally:
+                os.close(holder)
+        assert await put(store, ("file",), b"x")
+
+    def test_no_locks(self) -> None:
+        """A file system without locks is told at the start, and not to each client."""
+
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(37, "No locks available")
+
+        self.patch(locks, "lock_byte", refuse)
+        error = self.assertRaises(OSError, self.make_store, quota=None)
+        self.assertEqual(error.errno, 37)
+        self.assertEqual(open_beneath(self.root), set())
+
+
 class FallocateTests(TestCase):
     """The system call."""
 
@@ -205,6 +255,15 @@ class FallocateTests(TestCase):
         with tempfile.TemporaryFile(dir="/dev/shm") as file:
             error = self.assertRaises(OSError, fallocate, file.fileno(), 1 << 60)
             self.assertIn(error.errno, (27, 28))  # EFBIG, ENOSPC
+
+    def test_memory_without_limit(self) -> None:
+        """A tmpfs that may take all of the memory isn't asked to."""
+        asked: list[int] = []
+        self.patch(sys.modules[Reservation.__module__], "fallocate", lambda descriptor, length: asked.append(length))
+        self.patch(os, "fstatvfs", lambda _: SimpleNamespace(f_blocks=0, f_frsize=4096, f_bavail=0))
+        reservation = Reservation(Space(-1, 0, None), 1 << 50)
+        reservation.allocate(-1)
+        self.assertEqual(asked, [])
 
     def test_not_there(self) -> None:
         """Where it isn't supported an upload goes on without."""

@@ -34,7 +34,7 @@ Price
     * Two descriptors for each batch under way, however many files it has: its folder, and the file that is written.
     * The file system must know ``flock`` for folders, as all local ones do and NFS doesn't.
     * To replace a file its owner or somebody who may write to it is needed (proc(5), ``protected_hardlinks``).
-    * An fsync that fails at the commit point *and* a power cut before the next start may leave some of the names.
+    * An fsync that fails while names are given *and* a power cut before the next start may leave some of the names.
 
 Roads not taken
     * A redo journal, carried out at the next start: it needs an undo all the same, for the failure of a single step.
@@ -367,7 +367,7 @@ class BatchFolder:
 def recover_batches(tree: Tree) -> None:
     """Take back and remove the batches that nobody holds."""
     log = BatchFolder._log
-    with tree.folder(BATCH_FOLDER) as parent:
+    with tree.sweeping(), tree.folder(BATCH_FOLDER) as parent:
         for name in map(os.fsencode, os.listdir(parent)):
             if not OWN_NAME.fullmatch(name):
                 continue

@@ -20,6 +20,7 @@ from lwstwisted.stores.tree import BATCH_FOLDER, OWN_NAME, PARTIAL_FOLDER, Segme
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _READ = 1024 * 1024
+_KEPT = {"sha256", "sha512"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,12 @@ def _leftovers(tree: Tree, path: Segments, problem: str, repair: bool) -> Iterat
             where = os.fsdecode(b"/".join([*path, name]))
             if not OWN_NAME.fullmatch(name):
                 yield Finding(where, "not the store's own; it is never touched")
-            elif not _is_held(folder, name):
-                yield Finding(where, problem, repair and _remove(tree, path, folder, name))
+                continue
+            with tree.sweeping():
+                is_left = not _is_held(folder, name)
+                is_repaired = is_left and repair and _remove(tree, path, folder, name)
+            if is_left:
+                yield Finding(where, problem, is_repaired)
 
 
 def _is_held(folder: int, name: bytes) -> bool:
@@ -73,6 +78,8 @@ def _is_held(folder: int, name: bytes) -> bool:
         descriptor = os.open(name, _OPEN, dir_fd=folder)
     except FileNotFoundError:
         return True
+    except OSError:
+        return False  # a link, say: nothing that a store has made
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False
@@ -93,11 +100,18 @@ def _remove(tree: Tree, path: Segments, folder: int, name: bytes) -> bool:
 
 
 def _names(tree: Tree) -> Iterator[Finding]:
-    for path, status, _ in tree.walk():
+    for path, status, tree_folder in tree.walk():
         where = os.fsdecode(b"/".join(path))
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             yield Finding(where, "neither a file nor a folder; it is not served")
             continue
+        if stat.S_ISDIR(status.st_mode):
+            try:
+                os.close(os.open(path[-1], _OPEN, dir_fd=tree_folder))
+            except FileNotFoundError:
+                continue  # it was removed meanwhile
+            except OSError as error:
+                yield Finding(where, f"can't be looked into: {error.strerror}")
         try:
             is_reachable = tuple(segment.encode() for segment in parse_name(list(path))) == path
         except Refused:
@@ -110,16 +124,23 @@ def _digests(tree: Tree) -> Iterator[Finding]:
     for path, status, folder in tree.walk():
         if not stat.S_ISREG(status.st_mode):
             continue
+        where = os.fsdecode(b"/".join(path))
         try:
-            descriptor = os.open(path[-1], _OPEN, dir_fd=folder)
+            wrong = _wrong_digests(path[-1], folder)
         except FileNotFoundError:
             continue  # it was deleted meanwhile
-        with os.fdopen(descriptor, "rb") as file:
-            kept = kept_digests(descriptor)
-            running = {name: hashlib.new(name) for name in kept}
-            while running and (data := file.read(_READ)):
-                for one in running.values():
-                    one.update(data)
-        for name, one in running.items():
-            if one.digest() != kept[name]:
-                yield Finding(os.fsdecode(b"/".join(path)), f"its contents are not what its {name} says")
+        except OSError as error:
+            yield Finding(where, f"can't be read: {error.strerror}")
+            continue
+        for name in wrong:
+            yield Finding(where, f"its contents are not what its {name} says")
+
+
+def _wrong_digests(name: bytes, folder: int) -> list[str]:
+    with open(os.open(name, _OPEN, dir_fd=folder), "rb") as file:
+        kept = kept_digests(file.fileno())
+        running = {name: hashlib.new(name) for name in kept if name in _KEPT}
+        while running and (data := file.read(_READ)):
+            for one in running.values():
+                one.update(data)
+    return [name for name in kept if name not in running or running[name].digest() != kept[name]]

@@ -10,6 +10,7 @@ All descriptors of the file in one process would be one holder to the kernel, so
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -17,9 +18,14 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from threading import Lock
+from time import monotonic, sleep
 
 BYTES = 64
 """Locks that names share: enough that two commits seldom wait for each other."""
+
+PATIENCE = 30.0
+"""Seconds to wait for the holder of a lock: longer than a slow disk needs for the syncs of a form, and shorter than a
+service manager waits for our end. The holder may be a process that is stopped (SIGSTOP, a debugger)."""
 
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o600
@@ -27,7 +33,11 @@ _MODE = 0o600
 
 def open_shared(name: bytes, folder: int) -> int:
     """A descriptor of one of the store's own files that processes share; it is made if it isn't there."""
-    return os.open(name, _OPEN, _MODE, dir_fd=folder)
+    file = os.open(name, _OPEN, _MODE, dir_fd=folder)
+    if os.geteuid() == 0:  # fsck may be run by root, and come before the service
+        owner = os.fstat(folder)
+        os.fchown(file, owner.st_uid, owner.st_gid)
+    return file
 
 
 def lock_byte(file: int, at: int, kind: int = fcntl.F_WRLCK, *, wait: bool = True) -> None:
@@ -38,6 +48,36 @@ def lock_byte(file: int, at: int, kind: int = fcntl.F_WRLCK, *, wait: bool = Tru
     # struct flock: type, whence, start, length, pid (which is 0 for these locks).
     command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
     fcntl.fcntl(file, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, at, 1, 0))
+
+
+@contextmanager
+def locked_until(end: float, thread: Lock, file: int, at: int) -> Iterator[None]:
+    """Hold a byte of a file, for one thread of this process.
+
+    Not by F_OFD_SETLKW, which would wait for a process that is stopped, and so would the end of this one.
+
+    :raises OSError: ``EBUSY``, if somebody else holds it until ``end`` of the monotonic clock.
+    """
+    if not thread.acquire(timeout=max(0.0, end - monotonic())):
+        raise OSError(errno.EBUSY, "another thread keeps a lock")
+    try:
+        pause = 0.0005
+        while True:
+            try:
+                lock_byte(file, at, wait=False)
+                break
+            except BlockingIOError:
+                if monotonic() > end:
+                    raise OSError(errno.EBUSY, "another process keeps a lock") from None
+            sleep(pause)
+            pause = min(2 * pause, 0.02)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # what was done under the lock stands, whatever this says
+                lock_byte(file, at, fcntl.F_UNLCK)
+    finally:
+        thread.release()
 
 
 class NameLocks:
@@ -51,20 +91,30 @@ class NameLocks:
     def __init__(self, name: bytes, folder: int) -> None:
         self._threads = [Lock() for _ in range(BYTES)]
         self._file = open_shared(name, folder)
+        try:
+            lock_byte(self._file, BYTES + 1)  # raises where there are none
+            lock_byte(self._file, BYTES + 1, fcntl.F_UNLCK)
+        except BaseException:
+            os.close(self._file)
+            raise
 
     @contextmanager
     def held(self, paths: Iterable[tuple[bytes, ...]]) -> Iterator[None]:
         """Hold the locks of some names: each once, all in one order, so that nobody waits in a ring."""
         with ExitStack() as held:
+            end = monotonic() + PATIENCE
             for at in sorted({zlib.crc32(b"/".join(path)) % BYTES for path in paths}):
-                held.enter_context(self._threads[at])
-                lock_byte(self._file, at)
-                held.callback(self._unlock, at)
+                held.enter_context(locked_until(end, self._threads[at], self._file, at))
             yield
 
-    def _unlock(self, at: int) -> None:
-        with suppress(OSError):  # what was done under the lock stands, whatever this says
-            lock_byte(self._file, at, fcntl.F_UNLCK)
+    @contextmanager
+    def sweeping(self) -> Iterator[None]:
+        """Hold the lock of those who look for what nobody holds."""
+        lock_byte(self._file, BYTES)
+        try:
+            yield
+        finally:
+            lock_byte(self._file, BYTES, fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Give the descriptor back; may be repeated."""

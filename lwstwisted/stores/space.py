@@ -20,6 +20,8 @@ Price
     * Who announces much and sends little keeps the difference from others, for as long as the minimum rate lets them.
     * A start with a quota looks at every file, if no other process of the root is alive.
     * What other processes have promised and not reserved yet is not known here: their uploads may meet a full disk.
+    * What a killed process had announced stays counted until all processes of the root have ended once.
+    * While an old file is replaced both are counted: what is larger than its quota already takes deletions only.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ import os
 import struct
 from collections.abc import Callable
 from threading import Lock
+from time import monotonic
+
+from twisted.logger import Logger
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.stores.locks import lock_byte, open_shared
+from lwstwisted.stores import locks
+from lwstwisted.stores.locks import lock_byte, locked_until, open_shared
 
 RESERVED_FROM = 1024 * 1024
 """Announced bytes from which on blocks are reserved; fewer come with the first writes anyway."""
@@ -99,15 +105,11 @@ class Usage:
         """
         if count > self._quota:
             raise Refused(errors.BODY_TOO_LARGE)
-        with self._threads:
-            lock_byte(self._file, _COUNTING)
-            try:
-                (taken,) = _NUMBER.unpack(os.pread(self._file, _NUMBER.size, 0))
-                if count > 0 and taken + count > self._quota:
-                    raise Refused(errors.QUOTA_EXCEEDED)
-                os.pwrite(self._file, _NUMBER.pack(max(0, taken + count)), 0)
-            finally:
-                lock_byte(self._file, _COUNTING, fcntl.F_UNLCK)
+        with locked_until(monotonic() + locks.PATIENCE, self._threads, self._file, _COUNTING):
+            (taken,) = _NUMBER.unpack(os.pread(self._file, _NUMBER.size, 0))
+            if count > 0 and taken + count > self._quota:
+                raise Refused(errors.QUOTA_EXCEEDED)
+            os.pwrite(self._file, _NUMBER.pack(max(0, taken + count)), 0)
 
     def close(self) -> None:
         """Stop counting; may be repeated."""
@@ -123,6 +125,8 @@ class Space:
     :param minimum_free: bytes that no upload takes.
     :param usage: the quota, or None.
     """
+
+    _log = Logger()
 
     def __init__(self, disk: int, minimum_free: int, usage: Usage | None) -> None:
         self._disk = disk
@@ -150,8 +154,15 @@ class Space:
 
         :raises Refused: see :meth:`Usage.add`.
         """
-        if self._usage is not None and count:
+        if self._usage is None or not count:
+            return
+        try:
             self._usage.add(count)
+        except OSError as error:
+            # What is given back was decided before: too much stays counted, and the answer stands.
+            if count > 0:
+                raise
+            self._log.error("store: {count} bytes stay counted against the quota: {error}", count=-count, error=error)
 
     def close(self) -> None:
         """Stop counting; may be repeated."""
@@ -188,7 +199,9 @@ class Reservation:
 
     def allocate(self, descriptor: int) -> None:
         """Reserve blocks of the file for what is announced, where that is worth it and can be done."""
-        if self._promised >= RESERVED_FROM and fallocate(descriptor, self._promised):
+        # Without a limit (no blocks) a tmpfs would take all of the memory.
+        is_limited = self._promised >= RESERVED_FROM and os.fstatvfs(descriptor).f_blocks
+        if is_limited and fallocate(descriptor, self._promised):
             self._redeem(self._promised)
 
     def before_write(self, count: int) -> None:

@@ -136,7 +136,8 @@ class Tree:
             with self.folder(PARTIAL_FOLDER[:1]) as state:
                 self._locks = NameLocks(b"locks", state)
             if sweep:
-                self._sweep()
+                with self._locks.sweeping():
+                    self._sweep()
             self._use_tmpfile = use_tmpfile and self._has_tmpfile()
         except BaseException:
             self.close()
@@ -289,6 +290,11 @@ class Tree:
         assert self._locks is not None
         return self._locks.held(paths)
 
+    def sweeping(self) -> AbstractContextManager[None]:
+        """To be held while it is found out what nobody holds, as two who try at once take each other for the holder."""
+        assert self._locks is not None
+        return self._locks.sweeping()
+
     def list_folder(self, path: Segments) -> list[Entry]:
         try:
             with self.folder(path) as folder, os.scandir(folder) as found:
@@ -322,14 +328,27 @@ class Tree:
         return sum(status.st_size for _, status, _ in self.walk() if stat.S_ISREG(status.st_mode))
 
     def walk(self) -> Iterator[tuple[Segments, os.stat_result, int]]:
-        """All that is beneath the root, but the store's own: path, status, and a descriptor of the folder it is in."""
-        for top, folders, names, folder in os.fwalk(b".", dir_fd=self._root, follow_symlinks=False):
-            above = tuple(top.split(b"/")[1:])
-            if not above:
-                folders.remove(PARTIAL_FOLDER[0])
-            for name in [*folders, *names]:
-                with suppress(FileNotFoundError):  # it was removed meanwhile
-                    yield (*above, name), os.lstat(name, dir_fd=folder), folder
+        """All that is beneath the root, but the store's own and what is mounted: path, status, folder's descriptor.
+
+        Not ``os.fwalk``: it recurses and keeps a descriptor for each level, and clients may nest 2,000 of them.
+        """
+        waiting: list[Segments] = [()]
+        while waiting:
+            above = waiting.pop()
+            # It was removed meanwhile, or turned into something else, or is not for us.
+            gone = suppress(FileNotFoundError, NotADirectoryError, PermissionError, Refused)
+            with gone, self.folder(above) as folder:
+                for name in map(os.fsencode, os.listdir(folder)):
+                    path = (*above, name)
+                    if path == PARTIAL_FOLDER[:1]:
+                        continue
+                    try:
+                        status = os.lstat(name, dir_fd=folder)
+                    except FileNotFoundError:
+                        continue
+                    if stat.S_ISDIR(status.st_mode) and status.st_dev == self._device:
+                        waiting.append(path)
+                    yield path, status, folder
 
     # Partial files.
 
