@@ -32,6 +32,7 @@ The map. Each number is a floor, and imports go downwards only
     site.py        4  the Site that an application uses
   stores/             from bytes to files
     names.py       1  which names are allowed, and why not
+    hashing.py     1  digests of bytes that pass by
     locks.py       1  locks on names that other processes see as well
     space.py       2  what uploads may take of the disk: promises, minimum, quota
     tree.py        3  folders and names on the disk, safely resolved

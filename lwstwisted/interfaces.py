@@ -177,8 +177,8 @@ class PartialFile(Protocol):
     async def append(self, data: memoryview) -> None:
         """Write ``data`` behind what was written; the memory may be reused afterwards.
 
-        :raises Refused: ``DISK_FULL`` or ``STORE_FAILED``; the file is then good for
-            :meth:`discard` only.
+        :raises Refused: ``DISK_FULL``, ``QUOTA_EXCEEDED``, ``TOO_MANY_FILES`` or ``STORE_FAILED``; the file is then
+            good for :meth:`discard` only.
         """
 
     async def commit(self, data: memoryview) -> bool:

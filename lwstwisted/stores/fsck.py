@@ -6,7 +6,6 @@ A service may use the root meanwhile: what somebody holds (``flock``) is under w
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from lwstwisted.errors import Refused
 from lwstwisted.stores.batch import BatchFolder
+from lwstwisted.stores.hashing import RunningDigests
 from lwstwisted.stores.names import STATE_FOLDER, parse_name
 from lwstwisted.stores.tree import BATCH_FOLDER, OWN_NAME, PARTIAL_FOLDER, Segments, Tree, kept_digests
 
@@ -100,14 +100,14 @@ def _remove(tree: Tree, path: Segments, folder: int, name: bytes) -> bool:
 
 
 def _names(tree: Tree) -> Iterator[Finding]:
-    for path, status, tree_folder in tree.walk():
+    for path, status, folder in tree.walk():
         where = os.fsdecode(b"/".join(path))
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             yield Finding(where, "neither a file nor a folder; it is not served")
             continue
         if stat.S_ISDIR(status.st_mode):
             try:
-                os.close(os.open(path[-1], _OPEN, dir_fd=tree_folder))
+                os.close(os.open(path[-1], _OPEN, dir_fd=folder))
             except FileNotFoundError:
                 continue  # it was removed meanwhile
             except OSError as error:
@@ -139,8 +139,8 @@ def _digests(tree: Tree) -> Iterator[Finding]:
 def _wrong_digests(name: bytes, folder: int) -> list[str]:
     with open(os.open(name, _OPEN, dir_fd=folder), "rb") as file:
         kept = kept_digests(file.fileno())
-        running = {name: hashlib.new(name) for name in kept if name in _KEPT}
-        while running and (data := file.read(_READ)):
-            for one in running.values():
-                one.update(data)
-    return [name for name in kept if name not in running or running[name].digest() != kept[name]]
+        known = {name: digest for name, digest in kept.items() if name in _KEPT}
+        running = RunningDigests(known)
+        while known and (data := file.read(_READ)):
+            running.update(data)
+    return [*running.wrong(), *(kept.keys() - known.keys())]

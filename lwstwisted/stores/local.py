@@ -49,7 +49,6 @@ Roads not taken
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -68,6 +67,7 @@ from lwstwisted import errors
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name, anything
 from lwstwisted.stores.batch import BatchFolder, recover_batches
+from lwstwisted.stores.hashing import RunningDigests
 from lwstwisted.stores.space import Reservation, Space
 from lwstwisted.stores.tree import ATTEMPTS, NO_SPACE, Durability, Segments, Tree, encoded, found_of, keep_digests
 
@@ -191,7 +191,7 @@ class _Draft:
         self._path = path
         self._check = check
         self._digests = digests
-        self._hashes = {name: hashlib.new(name, usedforsecurity=False) for name in digests}
+        self._running = RunningDigests(digests)
         self._descriptor = -1
         self._name: bytes | None = None
         self._offset = 0
@@ -258,12 +258,11 @@ class _Draft:
             written = os.pwrite(self._descriptor, data, self._offset)
             self._offset += written
             self._reservation.written(written)
-            for running in self._hashes.values():
-                running.update(data[:written])
+            self._running.update(data[:written])
             data = data[written:]
 
     def _check_digests(self) -> None:
-        if any(running.digest() != self._digests[name] for name, running in self._hashes.items()):
+        if self._running.wrong():
             raise Refused(errors.DIGEST_MISMATCH)
         kept = {name: digest for name, digest in self._digests.items() if name not in NOT_KEPT}
         if kept:

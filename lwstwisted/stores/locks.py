@@ -27,6 +27,9 @@ PATIENCE = 30.0
 """Seconds to wait for the holder of a lock: longer than a slow disk needs for the syncs of a form, and shorter than a
 service manager waits for our end. The holder may be a process that is stopped (SIGSTOP, a debugger)."""
 
+_SWEEPING, _PROBE = BYTES, BYTES + 1
+"""Bytes behind those of the names: of who looks for leftovers, and one to find out whether there are locks at all."""
+
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o600
 
@@ -83,17 +86,16 @@ def locked_until(end: float, thread: Lock, file: int, at: int) -> Iterator[None]
 class NameLocks:
     """The locks of one root. Taking one blocks.
 
-    :param name: of the file, which is made if it isn't there.
-    :param folder: descriptor of its folder.
+    :param folder: descriptor of the folder that their file is in.
     :raises OSError: if the file system has no locks, among others.
     """
 
-    def __init__(self, name: bytes, folder: int) -> None:
+    def __init__(self, folder: int) -> None:
         self._threads = [Lock() for _ in range(BYTES)]
-        self._file = open_shared(name, folder)
+        self._file = open_shared(b"locks", folder)
         try:
-            lock_byte(self._file, BYTES + 1)  # raises where there are none
-            lock_byte(self._file, BYTES + 1, fcntl.F_UNLCK)
+            lock_byte(self._file, _PROBE)
+            lock_byte(self._file, _PROBE, fcntl.F_UNLCK)
         except BaseException:
             os.close(self._file)
             raise
@@ -110,11 +112,11 @@ class NameLocks:
     @contextmanager
     def sweeping(self) -> Iterator[None]:
         """Hold the lock of those who look for what nobody holds."""
-        lock_byte(self._file, BYTES)
+        lock_byte(self._file, _SWEEPING)
         try:
             yield
         finally:
-            lock_byte(self._file, BYTES, fcntl.F_UNLCK)
+            lock_byte(self._file, _SWEEPING, fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Give the descriptor back; may be repeated."""

@@ -134,7 +134,7 @@ class Tree:
             self._device = os.fstat(self._root).st_dev
             self._open_state()
             with self.folder(PARTIAL_FOLDER[:1]) as state:
-                self._locks = NameLocks(b"locks", state)
+                self._locks = NameLocks(state)
             if sweep:
                 with self._locks.sweeping():
                     self._sweep()

@@ -23,7 +23,6 @@ contains at most PARTS parts with HEADER_LINES lines each.
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from zope.interface import implementer
 from lwstwisted import errors
 from lwstwisted.errors import BodyStopped, Refused
 from lwstwisted.interfaces import NO_DIGESTS, Check, IBufferReceiver, IRequestBody, Name, PartialFile, Store
+from lwstwisted.stores.hashing import RunningDigests
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.announced import require_identity, require_length
 from lwstwisted.uploads.conditions import Conditions
@@ -115,8 +115,7 @@ class Form:
         self._folder = tuple([segment.encode() for segment in folder])
         self._max_size = max_size
         self._check = check
-        self._digests = digests
-        self._hashes = {name: hashlib.new(name, usedforsecurity=False) for name in digests}
+        self._running = RunningDigests(digests)
         self._parts = PartReader(boundary)
         self._producer: IPushProducer | None = None
         self._is_paused = False
@@ -159,8 +158,7 @@ class Form:
         """See :class:`~lwstwisted.interfaces.IBufferReceiver`."""
         if self._failure is not None:
             return
-        for running in self._hashes.values():
-            running.update(view)
+        self._running.update(view)
         self._slices.extend([bytes(view[at : at + SLICE]) for at in range(0, len(view), SLICE)])
         if self._is_hungry:
             self._is_hungry = False
@@ -198,7 +196,7 @@ class Form:
             raise self._failure
         if not self._names:
             raise Refused(errors.FORM_WITHOUT_FILE)
-        if any(running.digest() != self._digests[name] for name, running in self._hashes.items()):
+        if self._running.wrong():
             raise Refused(errors.DIGEST_MISMATCH)
         are_new = await self._batch.commit()
         found = zip(self._names.items(), are_new, strict=True)
