@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionLost, ReactorNotRunning
 from twisted.internet.interfaces import IReactorSSL
 from twisted.internet.main import CONNECTION_LOST
-from twisted.internet.protocol import DatagramProtocol
+from twisted.internet.protocol import DatagramProtocol, Factory, Protocol
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from lwstwisted.interfaces import IFakePollin, IPendingReads
+from lwstwisted.loop import reactor as loop_reactor
 from lwstwisted.loop.foreign import CountingEventLoop, LwsAsyncioReactor
-from lwstwisted.loop.reactor import LwsPollReactor, LwsReactor, LwsSelectReactor, MergingReactor
+from lwstwisted.loop.reactor import AT_ONCE, LwsPollReactor, LwsReactor, LwsSelectReactor, MergingReactor
 from lwstwisted.loop.tls import READ_BUDGET, TLSPort, TLSTransport
 from tests.tls_peer import (
     DEADLINE,
@@ -66,7 +68,7 @@ class RecordingReactor(MergingReactor, RecordingWait):
 class Reader(FileDescriptor):
     """One end of a socket pair that notes its turns and takes one byte in each."""
 
-    def __init__(self, reactor: RecordingReactor, name: str, then: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, reactor: Any, name: str, then: Callable[[], object] = lambda: None) -> None:
         super().__init__(reactor)
         self.reactor, self.name, self.then = reactor, name, then
         self.near, self.far = socket.socketpair()
@@ -248,6 +250,120 @@ class PromiseTests(RecordingTestCase):
         for _ in range(3):
             self.reactor.doIteration(0)
         self.assertGreaterEqual(self.reactor.events.count("quiet"), 2)
+
+
+class RecordingLwsReactor(LwsReactor):
+    """The reactor of the service, which writes down who is read."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        super().__init__()
+
+
+class ShortTurnTests(SynchronousTestCase):
+    """A hundred busy connections do not keep timers and results of threads waiting for all of them."""
+
+    ROUNDS = 3
+
+    def setUp(self) -> None:
+        self.reactor = RecordingLwsReactor()
+        self.addCleanup(discard, self.reactor)
+        self.loop = Loop(self.reactor)
+
+    def readers(self, count: int) -> list[Reader]:
+        made = [Reader(self.reactor, str(number)) for number in range(count)]
+        for reader in made:
+            self.addCleanup(lambda reader=reader: reader.lost or reader.connectionLost(None))
+        return made
+
+    def turn(self) -> list[Any]:
+        """Who is read in one turn."""
+        self.reactor.events.clear()
+        self.loop.turn()
+        return list(self.reactor.events)
+
+    def test_announced(self) -> None:
+        """A few are read in each turn, and nobody again before all others that are ready have had theirs."""
+        readers = self.readers(5 * AT_ONCE)
+        for reader in readers:
+            reader.far.send(b"x" * (self.ROUNDS + 1))
+        for _ in range(self.ROUNDS):
+            turns = [self.turn() for _ in range(5)]
+            self.assertEqual([len(read) for read in turns], 5 * [AT_ONCE])
+            self.assertEqual(sorted(chain(*turns)), sorted(reader.name for reader in readers))
+
+    def test_pending(self) -> None:
+        """The same for readers that the kernel cannot announce: who stays pending goes to the end."""
+        readers = self.readers(5 * AT_ONCE)
+        for reader in readers:
+            reader.then = lambda reader=reader: self.reactor.addPending(reader)
+            self.reactor.addPending(reader)
+        names = [reader.name for reader in readers]
+        for _ in range(self.ROUNDS):
+            turns = [self.turn() for _ in range(5)]
+            self.assertEqual([len(read) for read in turns], 5 * [AT_ONCE])
+            self.assertEqual(list(chain(*turns)), names)
+
+    def test_both(self) -> None:
+        """Neither those that the kernel announces nor those that it cannot announce wait for the others to end."""
+        pending, announced = (self.readers(3 * AT_ONCE) for _ in range(2))
+        for number, reader in enumerate(pending):
+            reader.name = f"pending {number}"
+            self.reactor.addPending(reader)
+        for reader in announced:
+            reader.far.send(b"x")
+        for _ in range(3):
+            read = self.turn()
+            self.assertEqual(len(read), 2 * AT_ONCE)
+            self.assertEqual(sum(name.startswith("pending") for name in read), AT_ONCE)
+        self.assertEqual(self.reactor.statistics().pending, 0)
+
+    def test_timer(self) -> None:
+        """A timer is due behind the readers of one turn, however many more there are."""
+        for reader in self.readers(5 * AT_ONCE):
+            reader.far.send(b"x")
+        self.turn()
+        self.reactor.callLater(0, self.reactor.events.append, "timer")
+        self.assertEqual(self.turn()[0], "timer")
+        self.assertEqual(len(self.reactor.events), 1 + AT_ONCE)
+
+    def test_accepted(self) -> None:
+        """Who comes together with many others is accepted with a few of them; the others follow in the next turns."""
+        factory = Factory.forProtocol(Protocol)
+        made: list[Any] = []
+        factory.buildProtocol = lambda address: made.append(Protocol()) or made[-1]  # type: ignore[func-returns-value]
+        path = self.mktemp()
+        tcp: Any = self.reactor.listenTCP(0, factory, 1024, "127.0.0.1")
+        ssl: Any = self.reactor.listenSSL(0, factory, server_context(), 1024, "127.0.0.1")
+        self.reactor.listenUNIX(path, factory, 1024)
+        for address in (("127.0.0.1", tcp.getHost().port), ("127.0.0.1", ssl.getHost().port), path):
+            made.clear()
+            for _ in range(6 * AT_ONCE):
+                client = socket.socket(socket.AF_UNIX if address == path else socket.AF_INET)
+                self.addCleanup(client.close)
+                client.connect(address)
+            counts = [len(made)]
+            while len(made) < 6 * AT_ONCE:
+                self.loop.turn()
+                counts.append(len(made))
+                self.assertLess(len(counts), 20)
+            self.assertEqual(counts, [AT_ONCE * turn for turn in range(7)], address)
+
+
+class LongTurnTests(SynchronousTestCase):
+    """A Twisted whose reactor keeps its epoll object under another name."""
+
+    def test_all_are_read(self) -> None:
+        """Turns are longer then, and nobody is left out."""
+        self.patch(loop_reactor, "select", object())
+        reactor = RecordingLwsReactor()
+        self.addCleanup(discard, reactor)
+        readers = [Reader(reactor, str(number)) for number in range(5 * AT_ONCE)]
+        for reader in readers:
+            self.addCleanup(lambda reader=reader: reader.lost or reader.connectionLost(None))
+            reader.far.send(b"x")
+        Loop(reactor).turn()
+        self.assertEqual(sorted(reactor.events), sorted(reader.name for reader in readers))
 
 
 class ClockTests(SynchronousTestCase):

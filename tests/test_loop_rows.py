@@ -632,6 +632,10 @@ class Rows:
                     for victim in victims:
                         victim.tls.abortConnection()
 
+            talk.factory.on_delivery = lambda sink: sink.pause()
+            for sink in sinks:
+                sink.resume()
+            talk.loop.until(lambda: all(sink.deliveries for sink in sinks))
             talk.factory.on_delivery = abort_half
             for sink in sinks:
                 sink.resume()
