@@ -46,7 +46,7 @@ fuzz: $(INSTALLED_TEST)  ## look for bytes that break framing or forms (ten minu
 	@$(PIP) install --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz
 
-powercut: $(INSTALLED_TEST)  ## cut the power under load: 500 times by shutdown, 2000 by the block log (root; 15 minutes)
+powercut: $(INSTALLED_TEST)  ## cut the power under load: 500 times by shutdown, 2000 by the log of blocks, 2000 by that of calls (root; 15 minutes)
 	@tests/install-apt.sh
 	$(BIN)/python -m tests.powercut
 

@@ -19,6 +19,7 @@ The map. Each number is a floor, and imports go downwards only
     foreign.py     4  the reactor on a loop that drives itself: asyncio, uvloop
   web/                bytes become a request whose body a resource can watch arriving
     limits.py      0  what one client may take: bytes, time, connections
+    forwarded.py   0  what proxies in front say of their clients, and who believes it
     tally.py       0  refusals outside of requests, in one log line a second
     wire.py        1  where requests and bodies begin and end; no I/O
     body.py        2  the body of a request while it arrives
@@ -35,32 +36,44 @@ The map. Each number is a floor, and imports go downwards only
     hashing.py     1  digests of bytes that pass by
     locks.py       1  locks on names that other processes see as well
     space.py       2  what uploads may take of the disk: promises, minimum, quota
+    record.py      1  the record of an upload that outlives requests; as bytes
     tree.py        3  folders and names on the disk, safely resolved
+    threads.py     4  blocking calls beside the reactor, and what their errors mean
+    placing.py     4  the last steps of a file: whole, durable, visible
     batch.py       4  files that become visible together or not at all
-    local.py       5  the disk: own threads, atomic and durable commit
-    fsck.py        5  what crashes have left, and files that changed by themselves
+    resumable.py   5  uploads that outlive requests: bytes, and how many are durable
+    waiting.py     6  such uploads as they lie there; which have expired
+    local.py       7  the disk: own threads, atomic and durable commit
+    fsck.py        7  what crashes have left, and files that changed by themselves
   uploads/            from requests to stored files
     announced.py   1  what a head says of the bytes behind it
     conditions.py  1  what a client believes of a file: If-Match and its like
-    origin.py      1  requests that a page of another site caused
+    origin.py      2  requests that a page of another site caused
     digests.py     1  what a client says its bytes hash to
     parts.py       1  the parts of a form: limits, names; no I/O
     pages.py       2  folders with their upload form, as HTML or JSON
     transfer.py    2  the bytes of one upload on their way to the store
+    spooled.py     2  requests whose body a stock Site has spooled
     put.py         3  PUT
     form.py        3  POST multipart/form-data
-    openapi.py     4  the service described for programs: OpenAPI
+    appending.py   1  what one request appends: durable in steps, or proven at its end
+    session.py     3  resumable uploads: one state, whichever protocol speaks of it
+    rufh.py        4  the IETF's Resumable Uploads for HTTP
+    tus.py         4  tus 1.0
+    openapi.py     5  the service described for programs: OpenAPI
     resource.py    5  which method goes where; downloads and listings
-  service.py       6  options, and how it all is put together and taken down
-  __main__.py      7  the command line
+    cors.py        5  pages of other origins that upload
+    resumable.py   6  /uploads/: which protocol and method goes where
+  service.py       8  options, and how it all is put together and taken down
+  __main__.py      9  the command line
 
-A byte travels kernel, reactor, tls, channel, wire, put, transfer, store, disk. Each turn
-of the reactor gives every readable transport one ``doRead``, be it the kernel or the
-pending list that calls it readable. The transport decrypts up to its budget or until it
-is paused. The channel asks the wire for one event after another while nobody holds its
-valve closed; at the end of the headers it finds the resource, which may refuse before
-any of the body is spent. The transfer counts the bytes and hands blocks to the store. The
-client has its answer when file and name are durable.
+A byte travels kernel, reactor, tls, channel, wire, put, transfer, store, disk. A turn
+of the reactor gives a few readable transports one ``doRead`` each, be it the kernel or the
+pending list that calls them readable, and the next turn the next few. The transport
+decrypts up to its budget or until it is paused. The channel asks the wire for one event
+after another while nobody holds its valve closed; at the end of the headers it finds the
+resource, which may refuse before any of the body is spent. The transfer counts the bytes
+and hands blocks to the store. The client has its answer when file and name are durable.
 
 A pause travels the other way: the store falls behind, the transfer closes the channel's
 valve, the channel stops asking and pauses the transport, the transport leaves epoll and

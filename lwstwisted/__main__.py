@@ -32,6 +32,17 @@ class FsckOptions(UsageOptions):
             raise UsageError("--dry-run changes nothing, and --repair does; say one of them")
 
 
+class SweepOptions(UsageOptions):
+    """``lwstwisted sweep``."""
+
+    longdesc = (
+        "Remove the resumable uploads that have expired, as a service does once a minute, and print each of them: id,"
+        " offset, length, and the file it would have become."
+    )
+    optParameters = [["root", "r", "uploads", "Folder of the uploaded files."]]
+    optFlags = [["dry-run", "n", "Print them only."]]
+
+
 class Command(UsageOptions):
     """``lwstwisted COMMAND``."""
 
@@ -45,6 +56,7 @@ class Command(UsageOptions):
         return [
             ("serve", None, Options, "Serve file uploads over HTTP(S)."),
             ("fsck", None, FsckOptions, "Look at the files of a service, or repair them."),
+            ("sweep", None, SweepOptions, "Remove resumable uploads that have expired."),
         ]
 
     def opt_version(self) -> None:
@@ -55,7 +67,7 @@ class Command(UsageOptions):
     def postOptions(self) -> None:
         """:raises UsageError: without a command."""
         if self.subCommand is None:
-            raise UsageError("name a command: lwstwisted serve, or lwstwisted fsck")
+            raise UsageError("name a command: lwstwisted serve, fsck or sweep")
 
 
 def main() -> None:
@@ -65,7 +77,7 @@ def main() -> None:
         command.parseOptions()  # type: ignore[no-untyped-call]
     except UsageError as error:
         sys.exit(_complain(error, 2))
-    run = fsck if command.subCommand == "fsck" else serve
+    run = {"fsck": fsck, "sweep": sweep}.get(command.subCommand or "", serve)
     sys.exit(run(command.subOptions))
 
 
@@ -85,7 +97,7 @@ def serve(options: Any) -> int:
         service = makeService(options, reactor)
         globalLogBeginner.beginLoggingTo([textFileLogObserver(sys.stdout)], redirectStandardIO=False)
         service.privilegedStartService()  # type: ignore[no-untyped-call]
-        service.startService()  # type: ignore[no-untyped-call]
+        service.startService()
     except Exception as error:
         return _complain(error, 1)
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
@@ -110,6 +122,22 @@ def fsck(options: Any) -> int:
     except Exception as error:  # Python's own status for it, 1, would say that all is well now
         return _complain(error, 8)
     return 0 if not found else 1 if all(finding.is_repaired for finding in found) else 4
+
+
+def sweep(options: Any) -> int:
+    """Remove what has expired.
+
+    :returns: exit status.
+    """
+    from lwstwisted.stores import fsck
+
+    try:
+        for id, state in fsck.sweep(Path(options["root"]), dry_run=bool(options["dry-run"])):
+            length = "?" if state.length is None else state.length
+            print(id, state.offset, length, ascii("/".join(state.record.get("target", ()))))
+    except Exception as error:
+        return _complain(error, 1)
+    return 0
 
 
 def _complain(error: Exception, status: int) -> int:

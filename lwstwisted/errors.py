@@ -6,7 +6,8 @@ ours, answered by 500 and logged with its traceback.
 
 The *code* is stable and meant for logs and metrics; the *sentence* is the body of
 the answer and says what to do. Whose fault it is follows from the status, as in
-RFC 9110 section 15: 4xx the client's, 5xx ours.
+RFC 9110 section 15: 4xx the client's, 5xx ours. Where a protocol has registered a
+*problem type* for it, the body is a problem (RFC 9457) whose title is the sentence.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ class Refusal:
     :ivar code: stable identifier, ``snake_case``.
     :ivar status: HTTP status code.
     :ivar sentence: one sentence for a person, without a line break.
+    :ivar problem: URI of its problem type, if it has one.
     """
 
     code: str
     status: int
     sentence: str
+    problem: str = ""
 
     @property
     def is_clients_fault(self) -> bool:
@@ -40,12 +43,19 @@ class Refused(Exception):
 
     :param refusal: the declared refusal.
     :param headers: further response fields, such as ``Allow`` for 405.
+    :param members: of the problem, beside type and title, where the refusal has a problem type.
     """
 
-    def __init__(self, refusal: Refusal, headers: Mapping[bytes, bytes] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        refusal: Refusal,
+        headers: Mapping[bytes, bytes] = MappingProxyType({}),
+        members: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
         super().__init__(refusal.code)
         self.refusal = refusal
         self.headers = headers
+        self.members = members
 
 
 class BodyCut(Exception):
@@ -55,6 +65,9 @@ class BodyCut(Exception):
 class BodyStopped(Exception):
     """The consumer of a request body called ``stopProducing()`` before the end of the body."""
 
+
+_PROBLEMS = "https://iana.org/assignments/http-problem-types#"
+"""The registry of problem types (RFC 9457 section 4.2)."""
 
 # Framing (RFC 9112). The connection is closed after each of these.
 BAD_REQUEST_LINE = Refusal(
@@ -134,6 +147,58 @@ FORM_NAME_TWICE = Refusal("form_name_twice", 400, "Two files of the form have th
 PART_ENCODING = Refusal(
     "part_encoding", 415, "Send the files of a form as they are, without a transfer or content encoding of their own."
 )
+
+# Resumable uploads.
+UPLOAD_NOT_FOUND = Refusal(
+    "upload_not_found", 404, "There is no such upload: it was cancelled, has expired, or never was; begin it anew."
+)
+UPLOAD_TAKEN = Refusal("upload_taken", 409, "A newer request has taken over this upload; ask for its offset.")
+OFFSET_MISMATCH = Refusal(
+    "offset_mismatch",
+    409,
+    "The upload has another offset; ask for it, and go on from there.",
+    _PROBLEMS + "mismatching-upload-offset",
+)
+UPLOAD_OVERRUN = Refusal("upload_overrun", 413, "The upload is longer than was announced for it.")
+LENGTH_MISMATCH = Refusal(
+    "length_mismatch",
+    400,
+    "The upload was announced with another length.",
+    _PROBLEMS + "inconsistent-upload-length",
+)
+UPLOAD_FINISHED = Refusal(
+    "upload_finished",
+    400,
+    "The upload is finished; nothing can be appended to it.",
+    _PROBLEMS + "completed-upload",
+)
+BAD_UPLOAD_FIELD = Refusal(
+    "bad_upload_field", 400, "An Upload- field is missing, malformed, or contradicts another one of the request."
+)
+NOT_AN_UPLOAD = Refusal(
+    "not_an_upload", 400, "Begin an upload here with tus (Tus-Resumable: 1.0.0) or with Upload-Complete."
+)
+NOT_A_PART = Refusal(
+    "not_a_part", 415, "Append with the Content-Type of the protocol: application/partial-upload, or that of tus."
+)
+FORM_IN_PARTS = Refusal(
+    "form_in_parts", 415, "A form is sent in one request; to resume an upload, send the file itself and not a form."
+)
+BAD_DISPOSITION = Refusal(
+    "bad_disposition", 400, "Write 'Content-Disposition: inline; filename=\"NAME\"', or filename* (RFC 6266)."
+)
+TUS_VERSION = Refusal("tus_version", 412, "This server speaks tus 1.0.0; say so with 'Tus-Resumable: 1.0.0'.")
+BAD_METADATA = Refusal(
+    "bad_metadata", 400, "Upload-Metadata is a list of unique keys with Base64 values; a filename has no folders."
+)
+BAD_CHECKSUM = Refusal(
+    "bad_checksum", 400, "Upload-Checksum is one of the announced algorithms, a space, and the sum in Base64."
+)
+CHECKSUM_MISMATCH = Refusal(
+    "checksum_mismatch", 460, "The bytes are not what Upload-Checksum says; none was kept, so send them again."
+)
+CONCATENATED = Refusal("concatenated", 403, "Nothing can be appended to a concatenation; append to its parts.")
+BAD_PARTS = Refusal("bad_parts", 400, "Upload-Concat names uploads of this server that were made as partial ones.")
 
 # Names.
 NAME_EMPTY = Refusal("name_empty", 400, "The path has an empty segment; name a file, without double slashes.")

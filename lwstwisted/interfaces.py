@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from twisted.internet.interfaces import IPushProducer
 from twisted.web.resource import IResource
@@ -92,6 +92,8 @@ class IRequestBody(IPushProducer):
     """The body of a request while it arrives: a push producer of its bytes."""
 
     length = Attribute("Announced length in bytes, or None where the body is chunked.")
+
+    trailers = Attribute("Pairs of name and value, in bytes: what a chunked body had behind its end; () before that.")
 
     def deliver_to(consumer):
         """Accept the body: ``100 Continue`` is sent if the client waits for it, and the bytes flow.
@@ -273,3 +275,132 @@ class Store(Protocol):
 
     async def stop(self) -> None:
         """Finish what is under way and give back threads and descriptors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What became of an upload that is a file now.
+
+    :ivar created: False if it replaced another file.
+    :ivar etag: of the file, with quotes; "" if a crash has kept that from us.
+    """
+
+    created: bool
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class UploadState:
+    """An unfinished upload as it is at one moment.
+
+    :ivar offset: bytes that are durable.
+    :ivar length: announced bytes, or None.
+    :ivar record: what was kept with it last.
+    :ivar expires: when it may be removed, if nothing is written to it until then: seconds since the epoch.
+    :ivar named: the file that it has become, if it has; it takes no more bytes then.
+    """
+
+    offset: int
+    length: int | None
+    record: Mapping[str, Any]
+    expires: float
+    named: Named | None
+
+
+class StoredUpload(PartialFile, Protocol):
+    """An unfinished file that outlives requests and processes, with a record of what it is meant to be.
+
+    Whoever opened it holds it, and nobody else has it, until :meth:`release`. What isn't committed is lost with its
+    holder. One call at a time, except for :meth:`checkpoint` and :meth:`is_wanted`.
+
+    :ivar id: unguessable, and good for a URL.
+    """
+
+    id: str
+
+    @property
+    def state(self) -> UploadState:
+        """As it is durable; the offset never goes down."""
+
+    async def commit(self, data: memoryview) -> bool:
+        """Append ``data`` and make all of it durable: the offset counts it now.
+
+        :returns: True.
+        :raises Refused: as :meth:`PartialFile.append`.
+        """
+
+    async def checkpoint(self) -> None:
+        """Make durable, and count in the offset, what is appended by now. Appending may go on meanwhile."""
+
+    async def verify(self, digests: Mapping[str, bytes]) -> bool:
+        """Whether what was appended since the last commit hashes to ``digests``, by name of the algorithm."""
+
+    async def discard(self) -> None:
+        """Forget what was appended since the last commit or checkpoint."""
+
+    async def keep(self, record: Mapping[str, Any], length: int | None) -> None:
+        """Replace record and announced length, durably.
+
+        :param record: what ``json`` can write.
+        :raises Refused: as :meth:`ResumableStore.begin_upload`, if the length is known only now.
+        """
+
+    async def take_from(self, other: StoredUpload) -> None:
+        """Append all bytes of another upload that is held as well, without a trip through this process."""
+
+    async def name_it(self, name: Name, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS) -> Named:
+        """Make all its bytes the file ``name``. It may be repeated, also after a crash in its middle.
+
+        :param digests: what the file has to hash to, by ``hashlib`` name; they are kept with it.
+        :raises Refused: as :meth:`PartialFile.commit`; the upload is what it was before then.
+        """
+
+    async def remove(self) -> None:
+        """Remove it: bytes, if they are no file yet, and record. Its id is never used again."""
+
+    def is_wanted(self) -> bool:
+        """Whether somebody in another process waits for it. It does not block."""
+
+    async def release(self) -> None:
+        """Let others have it; harmless when repeated, and after :meth:`remove`."""
+
+
+class ResumableStore(Store, Protocol):
+    """A store whose uploads may be continued by another request."""
+
+    async def begin_upload(
+        self,
+        record: Mapping[str, Any],
+        length: int | None,
+        lifetime: float,
+        name: Name | None = None,
+        check: Check = anything,
+    ) -> StoredUpload:
+        """Begin an upload, durably, and hold it.
+
+        :param record: what ``json`` can write; kept with it.
+        :param length: announced bytes, which are reserved; or None.
+        :param lifetime: seconds after which it expires, from the last time on that something was written to it.
+        :param name: what it is going to be named, if anything: what could not be named is refused now.
+        :param check: asked now.
+        :raises Refused: ``DISK_FULL``, ``QUOTA_EXCEEDED``, ``BODY_TOO_LARGE``, and as :meth:`Store.create`.
+        """
+
+    async def open_upload(self, id: str) -> StoredUpload | None:
+        """Hold an upload.
+
+        :returns: None if another process holds it, which is told by this that somebody waits: ask again soon.
+        :raises Refused: ``UPLOAD_NOT_FOUND``.
+        """
+
+    async def look_at_upload(self, id: str) -> UploadState:
+        """Look at an upload without holding it.
+
+        :raises Refused: ``UPLOAD_NOT_FOUND``.
+        """
+
+    async def list_uploads(self) -> list[str]:
+        """The ids of all uploads."""
+
+    async def sweep_uploads(self) -> int:
+        """Remove the uploads that have expired and that nobody holds. Returns how many."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+import zlib
 from collections.abc import Awaitable, Coroutine, Iterator
 from typing import Any
 
@@ -19,7 +21,17 @@ from twisted.internet.defer import Deferred, gatherResults
 
 from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
-from lwstwisted.interfaces import Batch, Check, Found, Name, PartialFile, Store, anything
+from lwstwisted.interfaces import (
+    Batch,
+    Check,
+    Found,
+    Name,
+    PartialFile,
+    ResumableStore,
+    Store,
+    StoredUpload,
+    anything,
+)
 
 EDGE = 1 << 16
 """A size that blocks of file systems, pipes and buffers divide: one less and one more are the edges."""
@@ -567,3 +579,657 @@ class StoreContract:
         for work in every_call(store, ("file",)):
             assert await refusal_of(work) is errors.STOPPING
         await store.stop()
+
+
+DAY = 24 * 3600.0
+
+
+async def uploaded(store: ResumableStore, data: bytes, length: int | None = None, **record: object) -> StoredUpload:
+    """An upload that is held, and has some bytes that are durable."""
+    upload = await store.begin_upload(record, length, DAY)
+    await upload.commit(memoryview(data))
+    return upload
+
+
+async def held(store: ResumableStore, id: str) -> StoredUpload:
+    """Hold an upload that nobody holds."""
+    upload = await store.open_upload(id)
+    assert upload is not None
+    return upload
+
+
+async def contents_of(store: ResumableStore, upload: StoredUpload) -> bytes:
+    """The bytes of an upload, which becomes a file for that."""
+    await upload.name_it(("the contents", upload.id))
+    return await get(store, ("the contents", upload.id))
+
+
+async def is_room(store: ResumableStore, length: int) -> bool:
+    """Whether an upload of so many bytes would be taken."""
+    try:
+        upload = await store.begin_upload({}, length, DAY)
+    except Refused as refused:
+        assert refused.refusal in (errors.QUOTA_EXCEEDED, errors.BODY_TOO_LARGE)
+        return False
+    await upload.remove()
+    return True
+
+
+async def require_room(store: ResumableStore, length: int) -> None:
+    """Have the next upload be as large as this at most, to the byte."""
+    room = (await is_room(store, length), await is_room(store, length + 1))
+    assert room == (True, False), f"room for {length}: {room}"
+
+
+def wait_for_the_clock() -> None:
+    """Let the time of day go on by some milliseconds."""
+    end = time.time() + 0.005
+    while time.time() < end:
+        pass
+
+
+class ResumableStoreContract:
+    """What a store promises of uploads that outlive requests (``interfaces.ResumableStore``, ``StoredUpload``)."""
+
+    def make_store(self, **options: Any) -> ResumableStore:
+        """A store, which the test case stops in a clean-up.
+
+        All stores of one test share their files, as the processes of one root do.
+
+        :param options: ``quota`` in bytes.
+        """
+        raise NotImplementedError
+
+    # Bytes
+
+    async def test_bytes_become_a_file(self) -> None:
+        """What several requests sent is one file in the end, also if each of them opens the upload anew."""
+        store = self.make_store()
+        data = sample(3 * EDGE + 11)
+        upload = await store.begin_upload({"a": ["b", 1]}, len(data), DAY)
+        assert (upload.state.offset, upload.state.length, upload.state.named) == (0, len(data), None)
+        buffer = bytearray(data[:EDGE])
+        await upload.append(memoryview(buffer))
+        assert upload.state.offset == 0
+        buffer[:] = bytes(EDGE)
+        assert await upload.commit(memoryview(data[EDGE : EDGE + 1])) is True
+        assert upload.state.offset == EDGE + 1
+        await upload.release()
+        upload = await held(store, upload.id)
+        assert (upload.state.offset, upload.state.record) == (EDGE + 1, {"a": ["b", 1]})
+        await upload.commit(memoryview(data[EDGE + 1 :]))
+        assert upload.state.offset == len(data)
+        assert await upload.name_it(("new", "file")) == upload.state.named
+        assert await get(store, ("new", "file")) == data
+
+    async def test_invisible_until_named(self) -> None:
+        """Nobody sees an upload that is under way, nor one that is whole."""
+        store = self.make_store()
+        upload = await uploaded(store, b"whole", 5)
+        assert await names_in(store) == []
+        await upload.name_it(("file",))
+        assert await names_in(store) == ["file"]
+
+    async def test_memory_may_be_reused(self) -> None:
+        """The caller fills the same buffer again."""
+        store = self.make_store()
+        buffer = bytearray(b"a" * EDGE)
+        upload = await store.begin_upload({}, None, DAY)
+        for letter in b"ab":
+            buffer[:] = bytes([letter]) * EDGE
+            await upload.append(memoryview(buffer))
+        buffer[:] = bytes(EDGE)
+        await upload.commit(NOTHING)
+        assert await contents_of(store, upload) == b"a" * EDGE + b"b" * EDGE
+
+    async def test_uncommitted_is_lost_with_its_holder(self) -> None:
+        """What was never told to be durable may be gone: the offset says so, and nothing of it is in the file."""
+        store = self.make_store()
+        upload = await uploaded(store, b"kept, ")
+        await upload.append(memoryview(b"lost, and longer than what comes then"))
+        await upload.release()
+        upload = await held(store, upload.id)
+        assert upload.state.offset == 6
+        await upload.commit(memoryview(b"then"))
+        assert await contents_of(store, upload) == b"kept, then"
+
+    async def test_discard(self) -> None:
+        """What was appended since the last commit is forgotten, and the upload goes on from there."""
+        store = self.make_store()
+        for length in (None, 10):
+            upload = await uploaded(store, b"kept, ", length)
+            await upload.append(memoryview(b"bad"))
+            await upload.discard()
+            await upload.discard()
+            assert upload.state.offset == 6
+            await upload.commit(memoryview(b"then"))
+            await upload.discard()
+            assert upload.state.offset == 10
+            assert await contents_of(store, upload) == b"kept, then"
+            await upload.discard()
+
+    async def test_checkpoint(self) -> None:
+        """What is appended by then counts, and no discard takes it back."""
+        store = self.make_store()
+        upload = await uploaded(store, b"1")
+        await upload.append(memoryview(b"2"))
+        await upload.checkpoint()
+        assert upload.state.offset == 2
+        await upload.append(memoryview(b"3"))
+        await upload.discard()
+        await upload.checkpoint()
+        assert upload.state.offset == 2
+        await upload.release()
+        upload = await held(store, upload.id)
+        assert upload.state.offset == 2
+        assert await contents_of(store, upload) == b"12"
+
+    async def test_checkpoint_beside_append(self) -> None:
+        """An upload under way is made durable while it goes on: the offset never goes down, nor beyond what came."""
+        store = self.make_store()
+        block, blocks = sample(EDGE), 64
+        upload = await store.begin_upload({}, blocks * EDGE, DAY)
+        appended, offsets = 0, []
+
+        async def append() -> None:
+            nonlocal appended
+            for _ in range(blocks):
+                await upload.append(memoryview(block))
+                appended += EDGE
+
+        async def checkpoint() -> None:
+            while appended < blocks * EDGE:
+                at_least = appended
+                await upload.checkpoint()
+                assert at_least <= upload.state.offset <= appended + EDGE
+                offsets.append(upload.state.offset)
+
+        await together(append(), checkpoint())
+        assert offsets == sorted(offsets)
+        await upload.commit(NOTHING)
+        assert await contents_of(store, upload) == block * blocks
+
+    async def test_verify(self) -> None:
+        """The bytes of one request are compared with its checksums, without those before."""
+        store = self.make_store()
+        upload = await uploaded(store, b"before")
+        data = sample(2 * EDGE)
+        await upload.append(memoryview(data[:EDGE]))
+        await upload.append(memoryview(data[EDGE:]))
+        right = {"sha256": hashlib.sha256(data).digest(), "crc32": zlib.crc32(data).to_bytes(4, "big")}
+        assert await upload.verify(right) is True
+        assert await upload.verify({}) is True
+        for name in right:
+            assert await upload.verify({**right, name: b"wrong"}) is False
+        await upload.discard()
+        assert await upload.verify({"md5": hashlib.md5(b"").digest()}) is True
+        await upload.append(memoryview(data))
+        await upload.commit(NOTHING)
+        assert await upload.verify(right) is False
+        assert upload.state.offset == 6 + len(data)
+
+    async def test_never_longer_than_announced(self) -> None:
+        """A byte too many is refused, and those before it are good."""
+        store = self.make_store()
+        upload = await uploaded(store, b"12", 3)
+        assert await refusal_of(upload.append(memoryview(b"34"))) is errors.UPLOAD_OVERRUN
+        await upload.commit(memoryview(b"3"))
+        assert await refusal_of(upload.append(memoryview(b"4"))) is errors.UPLOAD_OVERRUN
+        assert await contents_of(store, upload) == b"123"
+
+    # What is kept with it
+
+    async def test_record(self) -> None:
+        """What an upload is meant to be is kept with it, through all changes, whatever characters it has."""
+        store = self.make_store()
+        upload = await store.begin_upload({"name": "\u65e5\n\u2028\0", "n": None}, None, DAY)
+        assert upload.state.record == {"name": "\u65e5\n\u2028\0", "n": None}
+        for number in range(20):
+            await upload.keep({"number": number, "much": "x" * 1000}, None)
+            await upload.commit(memoryview(b"x"))
+            assert upload.state.record["number"] == number
+        await upload.release()
+        state = (await held(store, upload.id)).state
+        assert (state.record, state.offset, state.length) == ({"number": 19, "much": "x" * 1000}, 20, None)
+
+    async def test_length_announced_later(self) -> None:
+        """Once, and never less than what is there."""
+        store = self.make_store()
+        upload = await uploaded(store, b"12345")
+        assert await refusal_of(upload.keep({}, 4)) is errors.LENGTH_MISMATCH
+        assert upload.state.length is None
+        await upload.keep({"more": 1}, 6)
+        for length in (None, 5, 7):
+            assert await refusal_of(upload.keep({}, length)) is errors.LENGTH_MISMATCH
+        await upload.release()
+        upload = await held(store, upload.id)
+        assert (upload.state.length, upload.state.offset, upload.state.record) == (6, 5, {"more": 1})
+        await upload.keep({}, 6)
+        assert await refusal_of(upload.append(memoryview(b"67"))) is errors.UPLOAD_OVERRUN
+
+    # Uploads of uploads
+
+    async def test_take_from(self) -> None:
+        """Parts become one, in the order of taking, one of them twice, and stay what they were."""
+        store = self.make_store()
+        one, two = [await uploaded(store, data, len(data)) for data in (sample(5 * EDGE + 3), b"two")]
+        whole = await store.begin_upload({}, None, DAY)
+        for part in (one, two, one):
+            await whole.take_from(part)
+        assert whole.state.offset == 0
+        await whole.commit(memoryview(b"."))
+        expected = sample(5 * EDGE + 3) + b"two" + sample(5 * EDGE + 3) + b"."
+        assert whole.state.offset == len(expected)
+        assert await contents_of(store, whole) == expected
+        assert await contents_of(store, one) == sample(5 * EDGE + 3)
+        assert await contents_of(store, two) == b"two"
+
+    async def test_take_what_is_durable(self) -> None:
+        """Of a part only what counts is taken; of one that was let go, or has been removed, nothing."""
+        store = self.make_store()
+        part, whole = await uploaded(store, b"part"), await uploaded(store, b"whole ", 10)
+        await part.append(memoryview(b"lost"))
+        await whole.take_from(part)
+        assert await refusal_of(whole.take_from(part)) is errors.UPLOAD_OVERRUN
+        await part.release()
+        assert await refusal_of(whole.take_from(part)) is not None
+        await whole.commit(NOTHING)
+        assert await contents_of(store, whole) == b"whole part"
+
+    # Its name
+
+    async def test_named(self) -> None:
+        """It is a file: new or in place of another one, and says so again as often as it is asked."""
+        store = self.make_store()
+        for data in (b"first", b"second"):
+            upload = await uploaded(store, data, len(data))
+            named = await upload.name_it(("file",))
+            assert named.created is (data == b"first")
+            assert await get(store, ("file",)) == data
+            descriptor = await store.open_file(("file",))
+            assert store.describe(descriptor).etag == named.etag == upload.etag
+            os.close(descriptor)
+            assert await upload.name_it(("other",)) == named == upload.state.named
+            await upload.release()
+            assert (await store.look_at_upload(upload.id)).named == named
+            upload = await held(store, upload.id)
+            assert (await upload.name_it(("other",)), upload.state.offset) == (named, len(data))
+        assert await names_in(store) == ["file"]
+
+    async def test_named_takes_no_more(self) -> None:
+        """Late bytes go nowhere: not into the file, and not beside it."""
+        store = self.make_store()
+        upload = await uploaded(store, b"file")
+        await upload.name_it(("file",))
+        for _ in range(2):
+            assert await refusal_of(upload.append(memoryview(b"late"))) is errors.STORE_FAILED
+            await upload.discard()
+            await upload.release()
+            upload = await held(store, upload.id)
+        assert upload.state.offset == 4
+        assert await get(store, ("file",)) == b"file"
+
+    async def test_empty(self) -> None:
+        """An upload of no bytes is an empty file."""
+        store = self.make_store()
+        upload = await store.begin_upload({}, 0, DAY)
+        await upload.release()
+        upload = await held(store, upload.id)
+        assert (await upload.name_it(("empty",))).created is True
+        assert await get(store, ("empty",)) == b""
+        assert (await store.look_at_upload(upload.id)).named is not None
+
+    async def test_uncommitted_bytes_are_named_too(self) -> None:
+        """All its bytes become the file."""
+        store = self.make_store()
+        upload = await uploaded(store, b"committed, ")
+        await upload.append(memoryview(b"or not"))
+        await upload.name_it(("file",))
+        assert upload.state.offset == 17
+        assert await get(store, ("file",)) == b"committed, or not"
+
+    async def test_refused_by_its_check(self) -> None:
+        """A condition that doesn't hold any more keeps it from its name; the upload and the old file stay."""
+        store = self.make_store()
+        await put(store, ("file",), b"old!!")
+        upload = await uploaded(store, b"new", 3)
+        seen: list[int | None] = []
+
+        def check(found: Found | None) -> None:
+            seen.append(None if found is None else found.size)
+            refuse_all(found)
+
+        for name in (("file",), ("deep", "file")):
+            assert await refusal_of(upload.name_it(name, check)) is errors.PRECONDITION_FAILED
+        assert seen == [5, None]
+        assert (upload.state.offset, upload.state.named) == (3, None)
+        assert await names_in(store) == ["file"]
+        assert await get(store, ("file",)) == b"old!!"
+        assert (await upload.name_it(("file",))).created is False
+        assert await get(store, ("file",)) == b"new"
+
+    async def test_name_is_taken(self) -> None:
+        """A folder where the file should be, or a file on the way: refused, and to be tried again."""
+        store = self.make_store()
+        upload = await uploaded(store, b"new", 3)
+        await put(store, ("name", "file"), b"x")
+        assert await refusal_of(upload.name_it(("name",))) is errors.IS_FOLDER
+        assert await refusal_of(upload.name_it(("name", "file", "below"))) is errors.NOT_A_FOLDER
+        await upload.release()
+        upload = await held(store, upload.id)
+        assert (await upload.name_it(("name", "other"))).created is True
+
+    async def test_wrong_digest(self) -> None:
+        """The file must hash to what was announced; the right digests are kept with it."""
+        store = self.make_store()
+        upload = await uploaded(store, b"data", 4)
+        await upload.release()
+        upload = await held(store, upload.id)
+        right = {name: hashlib.new(name, b"data").digest() for name in ("sha256", "md5")}
+        for name in right:
+            wrong = {**right, name: bytes(len(right[name]))}
+            assert await refusal_of(upload.name_it(("file",), anything, wrong)) is errors.DIGEST_MISMATCH
+        assert await names_in(store) == []
+        await upload.name_it(("file",), anything, right)
+        descriptor = await store.open_file(("file",))
+        assert store.describe(descriptor).digests == {"sha256": right["sha256"]}
+        os.close(descriptor)
+
+    async def test_refused_at_the_beginning(self) -> None:
+        """What could not be named is refused before a byte is sent, and nothing is left of it."""
+        store = self.make_store()
+        await put(store, ("folder", "file"), b"x")
+        for name, check, refusal in (
+            ((), anything, errors.IS_FOLDER),
+            (("folder",), anything, errors.IS_FOLDER),
+            (("folder", "file", "below"), anything, errors.NOT_A_FOLDER),
+            (("free",), refuse_all, errors.PRECONDITION_FAILED),
+        ):
+            assert await refusal_of(store.begin_upload({}, 1, DAY, name, check)) is refusal
+        for name in (("..", "x"), ("a", "."), ("",), ("a/b",), (".lwstwisted", "uploads")):
+            try:
+                await store.begin_upload({}, 1, DAY, name)
+            except ValueError:
+                continue
+            raise AssertionError(f"{name} was taken")
+        assert await store.list_uploads() == []
+
+    # Who holds it
+
+    async def test_one_holder(self) -> None:
+        """Nobody else has what is held, be it in another process; the holder hears that somebody waits."""
+        first, second = self.make_store(), self.make_store()
+        upload = await uploaded(first, b"held")
+        assert upload.is_wanted() is False
+        for store in (first, second):
+            other = await uploaded(store, b"other")
+            assert await store.open_upload(upload.id) is None
+            assert (upload.is_wanted(), other.is_wanted()) == (True, False)
+        await upload.commit(memoryview(b", still"))
+        await upload.release()
+        await upload.release()
+        taken = await held(second, upload.id)
+        assert (taken.state.offset, taken.is_wanted(), upload.is_wanted()) == (11, False, False)
+        await upload.release()
+        assert await first.open_upload(upload.id) is None
+        assert await refusal_of(upload.append(memoryview(b"late"))) is errors.STORE_FAILED
+
+    async def test_many_at_once(self) -> None:
+        """Of all that want it in one moment one has it."""
+        stores = [self.make_store() for _ in range(2)]
+        upload = await uploaded(stores[0], b"held")
+        await upload.release()
+        found = await together(*(stores[at % 2].open_upload(upload.id) for at in range(8)))
+        (holder,) = [one for one in found if one is not None]
+        assert holder.state.offset == 4
+
+    async def test_look(self) -> None:
+        """To look holds nothing, and disturbs nobody, whoever holds it or not."""
+        first, second = self.make_store(), self.make_store()
+        upload = await uploaded(first, b"held", 9, a=1)
+        for store in (first, second):
+            assert await store.look_at_upload(upload.id) == upload.state
+        assert upload.is_wanted() is False
+        await upload.append(memoryview(b"more"))
+        assert (await second.look_at_upload(upload.id)).offset == 4
+        await upload.release()
+        assert (await second.look_at_upload(upload.id)).offset == 4
+        assert await first.open_upload(upload.id) is not None
+
+    # Its id
+
+    async def test_ids(self) -> None:
+        """Nobody guesses an id: there are 128 bits in it, none of which is fixed; and it is good for a URL."""
+        store = self.make_store()
+        ids = [(await store.begin_upload({}, None, DAY)).id for _ in range(40)]
+        assert sorted(await store.list_uploads()) == sorted(ids)
+        numbers = [int(id, 16) for id in ids if len(id) == 32 and id == id.lower()]
+        for bit in range(128):
+            assert {number >> bit & 1 for number in numbers} == {0, 1}, bit
+
+    async def test_unknown_ids(self) -> None:
+        """What is no id of an upload is not found, whatever it looks like."""
+        store = self.make_store()
+        upload = await uploaded(store, b"x")
+        await upload.release()
+        id = upload.id
+        for other in (
+            *("", ".", "..", "/", "\0", "*", "0", "0" * 32, id[:-1], id + "0", id + "\n", f"{id}.data"),
+            *(f"../uploads/{id}", f"./{id}", f"{id}/", "\udcff", "\u0660" * 32, "x" * 100_000),
+        ):
+            assert await refusal_of(store.open_upload(other)) is errors.UPLOAD_NOT_FOUND, other
+            assert await refusal_of(store.look_at_upload(other)) is errors.UPLOAD_NOT_FOUND, other
+        assert await store.list_uploads() == [id]
+
+    # Its end
+
+    async def test_remove(self) -> None:
+        """A cancelled upload is gone at once for everybody; a file that it has become stays."""
+        store, other = self.make_store(), self.make_store()
+        for is_named in (False, True):
+            upload = await uploaded(store, b"data")
+            if is_named:
+                await upload.name_it(("file",))
+            await upload.remove()
+            await upload.release()
+            for one in (store, other):
+                assert await refusal_of(one.open_upload(upload.id)) is errors.UPLOAD_NOT_FOUND
+                assert await refusal_of(one.look_at_upload(upload.id)) is errors.UPLOAD_NOT_FOUND
+                assert await one.list_uploads() == []
+            assert await refusal_of(upload.append(memoryview(b"late"))) is errors.STORE_FAILED
+        assert await get(store, ("file",)) == b"data"
+
+    async def test_expiry(self) -> None:
+        """The time counts from the last byte that counted, or change of the record: to look or open adds nothing."""
+        store = self.make_store()
+        before = time.time()
+        upload = await store.begin_upload({}, None, DAY)
+        seen = [before + DAY - 0.001, upload.state.expires]
+        for step in (upload.commit(memoryview(b"x")), upload.keep({}, 1)):
+            wait_for_the_clock()
+            await step
+            seen.append(upload.state.expires)
+        seen.append(time.time() + DAY + 0.001)
+        assert seen == sorted(set(seen))
+        wait_for_the_clock()
+        await store.look_at_upload(upload.id)
+        await store.open_upload(upload.id)
+        await upload.release()
+        wait_for_the_clock()
+        upload = await held(store, upload.id)
+        await upload.append(NOTHING)
+        await upload.discard()
+        assert upload.state.expires == seen[-2]
+
+    async def test_sweep(self) -> None:
+        """What has expired is removed, but for what somebody holds; a file that one has become stays."""
+        store, other = self.make_store(), self.make_store()
+        uploads = {}
+        for what, lifetime in {"held": -1.0, "free": -1.0, "named": -1.0, "young": DAY}.items():
+            uploads[what] = upload = await store.begin_upload({}, None, lifetime)
+            await upload.commit(memoryview(what.encode()))
+            if what == "named":
+                await upload.name_it(("file",))
+            if what != "held":
+                await upload.release()
+        assert await other.sweep_uploads() == 2
+        assert sorted(await store.list_uploads()) == sorted([uploads["held"].id, uploads["young"].id])
+        await uploads["held"].commit(memoryview(b" still"))
+        await uploads["held"].release()
+        assert await store.sweep_uploads() == 1
+        assert await store.sweep_uploads() == 0
+        assert await store.list_uploads() == [uploads["young"].id]
+        assert await get(store, ("file",)) == b"named"
+
+    async def test_stop_lets_go(self) -> None:
+        """A store that stops lets go of its uploads, which another one finds as they were committed."""
+        store = self.make_store()
+        uploads = [await uploaded(store, b"%d, " % number) for number in range(3)]
+        for upload in uploads:
+            await upload.append(memoryview(b"lost"))
+        await store.stop()
+        for work in (uploads[0].append(memoryview(b"late")), uploads[1].checkpoint(), store.open_upload("0" * 32)):
+            assert await refusal_of(work) is errors.STOPPING
+        for work in (store.begin_upload({}, 1, DAY), store.list_uploads(), store.look_at_upload(uploads[0].id)):
+            assert await refusal_of(work) is errors.STOPPING
+        for upload in uploads:
+            await upload.discard()
+            await upload.release()
+        again = self.make_store()
+        for number, upload in enumerate(uploads):
+            found = await held(again, upload.id)
+            assert found.state.offset == 3
+            assert await contents_of(again, found) == b"%d, " % number
+
+    async def test_stop_waits(self) -> None:
+        """What is being committed when the store stops is not lost."""
+        store = self.make_store()
+        upload = await store.begin_upload({}, None, DAY)
+        commit = Deferred.fromCoroutine(upload.commit(memoryview(sample(16 * EDGE))))
+        await store.stop()
+        assert await commit is True
+        assert upload.state.offset == 16 * EDGE
+
+    # Space
+
+    async def test_quota_of_what_is_announced(self) -> None:
+        """The whole announced length counts from the beginning, whatever has come, until the upload is removed."""
+        store = self.make_store(quota=10_000)
+        await put(store, ("file",), bytes(1000))
+        upload = await store.begin_upload({}, 3000, DAY)
+        await require_room(store, 6000)
+        await upload.commit(memoryview(bytes(2000)))
+        await upload.append(memoryview(bytes(500)))
+        await require_room(store, 6000)
+        await upload.discard()
+        await upload.release()
+        upload = await held(store, upload.id)
+        await require_room(store, 6000)
+        assert await refusal_of(store.begin_upload({}, 6001, DAY)) is errors.QUOTA_EXCEEDED
+        assert await refusal_of(store.begin_upload({}, 10_001, DAY)) is errors.BODY_TOO_LARGE
+        await upload.remove()
+        await require_room(store, 9000)
+
+    async def test_quota_of_what_comes(self) -> None:
+        """Without a length the bytes count as they come, and are given back when they are forgotten."""
+        store = self.make_store(quota=10_000)
+        upload = await uploaded(store, bytes(2000))
+        await upload.append(memoryview(bytes(3000)))
+        await require_room(store, 5000)
+        assert await refusal_of(upload.append(memoryview(bytes(5001)))) is errors.QUOTA_EXCEEDED
+        await require_room(store, 5000)
+        await upload.discard()
+        await require_room(store, 8000)
+        await upload.append(memoryview(bytes(1000)))
+        await upload.release()
+        upload = await held(store, upload.id)
+        await require_room(store, 8000)
+        await upload.remove()
+        await require_room(store, 10_000)
+
+    async def test_quota_of_a_late_length(self) -> None:
+        """When the length is told the rest of it counts as well; one that is too large changes nothing."""
+        store = self.make_store(quota=10_000)
+        upload = await uploaded(store, bytes(2000))
+        assert await refusal_of(upload.keep({}, 10_001)) is errors.QUOTA_EXCEEDED
+        assert await refusal_of(upload.keep({}, 12_001)) is errors.BODY_TOO_LARGE
+        assert upload.state.length is None
+        await require_room(store, 8000)
+        await upload.keep({}, 7000)
+        await require_room(store, 3000)
+        await upload.keep({"other": 1}, 7000)
+        await require_room(store, 3000)
+        await upload.remove()
+        await require_room(store, 10_000)
+
+    async def test_quota_of_parts(self) -> None:
+        """What is taken from others counts a second time, as it is there twice."""
+        store = self.make_store(quota=10_000)
+        part, whole = await uploaded(store, bytes(3000), 3000), await store.begin_upload({}, None, DAY)
+        await whole.take_from(part)
+        await require_room(store, 4000)
+        await whole.take_from(part)
+        assert await refusal_of(whole.take_from(part)) is errors.QUOTA_EXCEEDED
+        await require_room(store, 1000)
+        await part.remove()
+        await require_room(store, 4000)
+        await whole.remove()
+        await require_room(store, 10_000)
+
+    async def test_quota_of_files(self) -> None:
+        """A finished file counts once, with or without its record, and no longer than it is there."""
+        store = self.make_store(quota=10_000)
+        for length in (3000, None):
+            upload = await uploaded(store, bytes(3000), length)
+            assert await refusal_of(upload.name_it(("file",), refuse_all)) is errors.PRECONDITION_FAILED
+            await require_room(store, 7000)
+            await upload.name_it(("file",))
+            await require_room(store, 7000)
+            await upload.release()
+            upload = await held(store, upload.id)
+            await upload.remove()
+            await require_room(store, 7000)
+            await store.delete(("file",))
+            await require_room(store, 10_000)
+
+    async def test_quota_of_a_replaced_file(self) -> None:
+        """The old file counts until it is replaced."""
+        store = self.make_store(quota=10_000)
+        await put(store, ("file",), bytes(1000))
+        upload = await uploaded(store, bytes(3000), 3000)
+        await require_room(store, 6000)
+        await upload.name_it(("file",))
+        await require_room(store, 7000)
+
+    async def test_quota_of_what_expired(self) -> None:
+        """To sweep gives back what it removed."""
+        store = self.make_store(quota=10_000)
+        for length in (3000, None):
+            upload = await store.begin_upload({}, length, -1.0)
+            await upload.commit(memoryview(bytes(1000)))
+            await upload.release()
+        await require_room(store, 6000)
+        await store.sweep_uploads()
+        await require_room(store, 10_000)
+
+    async def test_quota_after_a_restart(self) -> None:
+        """Whoever counts anew counts the same."""
+        store = self.make_store(quota=20_000)
+        announced = await uploaded(store, bytes(1000), 3000)
+        unknown = await uploaded(store, bytes(2000))
+        await unknown.append(memoryview(bytes(500)))
+        named, removed = [await uploaded(store, bytes(4000), 4000) for _ in range(2)]
+        await named.name_it(("file",))
+        await removed.remove()
+        await require_room(store, 20_000 - 3000 - 2500 - 4000)
+        await store.stop()
+        again = self.make_store(quota=20_000)
+        room = 20_000 - 3000 - 2000 - 4000
+        found = await held(again, unknown.id)
+        await require_room(again, room)
+        await found.remove()
+        await require_room(again, room + 2000)
+        await (await held(again, named.id)).remove()
+        await require_room(again, room + 2000)
+        await (await held(again, announced.id)).remove()
+        await require_room(again, room + 5000)

@@ -711,20 +711,16 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "a PUT is answered before its file has the name": (
         "lost",
         """
-import os
 from threading import Thread
 from lwstwisted.stores.local import _Draft
-from lwstwisted.stores.tree import found_of
+from lwstwisted.stores.placing import finish_file
 commit = _Draft.commit
 def early(self, data):
     if type(self) is not _Draft:
         return commit(self, data)
-    self._open()
-    self._write(data)
-    self._check_digests()
-    os.fchmod(self._descriptor, 0o644)
-    self._tree.sync_file(self._descriptor)
-    self.etag = found_of(os.fstat(self._descriptor)).etag
+    descriptor = self._open().descriptor
+    self._write(descriptor, data)
+    self.etag = finish_file(self._tree, descriptor, self._digests)
     found = []
     self._tree.check_target(self._path, found.append)
     self._check(found[0])
@@ -753,10 +749,11 @@ Tree.delete = lambda self, path, check: Timer(0.01, delete, (self, path, check))
 from lwstwisted.stores.local import _Draft
 opened, publish = _Draft._open, _Draft._publish
 def early(self):
-    is_first = self._descriptor < 0
-    opened(self)
+    is_first = self._file is None
+    file = opened(self)
     if is_first and type(self) is _Draft:
         self.is_new = publish(self)
+    return file
 _Draft._open = early
 _Draft._publish = lambda self: self.is_new
 """,

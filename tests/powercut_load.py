@@ -1,7 +1,8 @@
-"""Clients of a service that loses its power, and what they know afterwards.
+"""Clients of a service that loses its power.
 
-:class:`Client` sends; :class:`History` keeps what was sent, when, and what was acknowledged, and judges what is there
-after a cut. Nothing here is a test.
+:class:`Client` sends, :class:`Person` has the root for himself and asks no service; what they know is told in
+``tests/powercut_history.py``. Who writes in another way is a method of :class:`Client` with a row in :data:`WAYS`.
+Nothing here is a test.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock, Thread
+from typing import Any
 
+from tests.calllog import Calls
+from tests.powercut_history import History, Operation, content_of
 from tests.powercut_mutants import environment
+from tests.powercut_recovery import UPLOAD
 from tests.servers import PATIENCE, Server, serving
 
 TOP = Path(__file__).parent.parent
 
 PROCESSES = 2
 """Services on one root."""
-LAST = sys.maxsize
-"""A position behind all others."""
 NO_HEADERS: Mapping[str, str] = {}
 
 OLD_FOLDERS = 3
@@ -36,147 +40,34 @@ HOT_NAMES = 4
 SMALL_FORM, LARGE_FORM = 8, 60
 """Files of most forms, and of some."""
 
-
-# What the clients know
-
-State = str | None
-"""What a name has: the digest of a file, or no file."""
-
-
-@dataclass(eq=False)
-class Operation:
-    """Something that a client asked for.
-
-    :ivar files: what it leaves: for each name the state.
-    :ivar begun: before it was sent, in the common time of all clients.
-    :ivar begun_at: before it was sent, as a position of the log.
-    :ivar ended: after it was acknowledged; None if it never was.
-    :ivar ended_at: likewise.
-    """
-
-    kind: str
-    files: dict[str, State]
-    begun: int = 0
-    begun_at: int = 0
-    ended: int | None = None
-    ended_at: int | None = None
-
-    def is_acknowledged(self, position: int) -> bool:
-        return self.ended_at is not None and self.ended_at <= position
-
-    def is_before(self, other: Operation) -> bool:
-        return self.ended is not None and self.ended < other.begun
+UPLOADS = 4
+"""That a client has under way at most; then it forgets one."""
+TUS = {"Tus-Resumable": "1.0.0"}
+BYTES = {**TUS, "Content-Type": "application/offset+octet-stream"}
 
 
 @dataclass
-class History:
-    """All operations of a load.
+class Upload:
+    """One of several requests, as the client knows it.
 
-    :ivar position: of the log, now; always 0 where there is none.
+    :ivar name: of the file that it becomes.
+    :ivar size: of the whole.
+    :ivar operation: that began it.
+    :ivar offset: of the next byte; None if the client has to ask.
+    :ivar sent: bytes that are on their way, or were.
     """
 
-    position: Callable[[], int] = lambda: 0
-    operations: list[Operation] = field(default_factory=list)
-    refused: int = 0
-    problems: list[str] = field(default_factory=list)
-    _time: Iterator[int] = field(default_factory=itertools.count)
+    name: str
+    size: int
+    is_deferred: bool
+    operation: Operation
+    offset: int | None = 0
+    sent: int = 0
 
-    def begin(self, operation: Operation) -> None:
-        """It is about to be sent."""
-        operation.begun_at = self.position()
-        operation.begun = next(self._time)
-        self.operations.append(operation)
-
-    def end(self, operation: Operation) -> None:
-        """It was acknowledged."""
-        operation.ended_at = self.position()
-        operation.ended = next(self._time)
-
-    def refuse(self, operation: Operation) -> None:
-        """It was refused, so it must not leave anything."""
-        self.refused += 1
-        self.operations.remove(operation)
-
-    def count(self, position: int = LAST) -> int:
-        """Operations acknowledged before a position."""
-        return sum(operation.is_acknowledged(position) for operation in self.operations)
-
-    def go_on_from(self, found: Mapping[str, State]) -> None:
-        """Forget all but what is there: the next load begins with it."""
-        self.operations = []
-        for name, state in found.items():
-            operation = Operation("found", {name: state})
-            self.begin(operation)
-            self.end(operation)
-
-    def judge(self, found: Mapping[str, State], position: int = LAST) -> list[str]:
-        """What is wrong with the files that are there after a cut at a position of the log."""
-        begun = [operation for operation in self.operations if operation.begun_at < position]
-        by_name: dict[str, list[Operation]] = {}
-        for operation in begun:
-            for name in operation.files:
-                by_name.setdefault(name, []).append(operation)
-        problems = [f"nobody sent {name}" for name in found if name not in by_name]
-        for name, operations in by_name.items():
-            problems += _judge_name(name, found.get(name), operations, position)
-        for operation in begun:
-            if operation.kind == "form":
-                problems += _judge_form(operation, found, by_name)
-        return problems
-
-
-def _judge_name(name: str, state: State, operations: list[Operation], position: int) -> list[str]:
-    acknowledged = [operation for operation in operations if operation.is_acknowledged(position)]
-    possible = {
-        operation.files[name]
-        for operation in operations
-        if not any(operation.is_before(later) for later in acknowledged)
-    }
-    if not acknowledged:
-        possible.add(None)
-    claims = [operation for operation in acknowledged if operation.kind == "claim"]
-    if len(claims) > 1:
-        return [f"lost: {name}, which was created {len(claims)} times"]
-    if claims:
-        possible = {claims[0].files[name]}
-    if state in possible:
-        return []
-    if state is None:
-        return [f"lost: {name}, of {' or '.join(sorted({o.kind for o in acknowledged}))}"]
-    if not any(operation.files[name] == state for operation in operations):
-        return [f"torn: {name} has bytes that nobody sent"]
-    return [f"lost: {name} has gone back to an older file"]
-
-
-def _judge_form(form: Operation, found: Mapping[str, State], by_name: Mapping[str, list[Operation]]) -> list[str]:
-    there = [name for name, state in form.files.items() if found.get(name) == state]
-    if not there:
-        return []
-    problems = []
-    for name in form.files:
-        state = found.get(name)
-        causes = [operation for operation in by_name[name] if operation.files[name] == state]
-        if all(cause.is_before(form) for cause in causes):
-            problems.append(f"torn: of a form with {len(form.files)} files {there[0]} is there and {name} is not")
-    return problems
-
-
-def look(root: Path) -> tuple[dict[str, State], list[str]]:
-    """All files that are visible, and what is wrong with the store's own folders."""
-    found: dict[str, State] = {}
-    problems = []
-    for path in root.rglob("*"):
-        name = str(path.relative_to(root))
-        if path.is_dir():
-            continue
-        if not name.startswith(".lwstwisted/"):
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for kind in ("partial", "batches"):
-        problems += [f"left over: {kind}/{name}" for name in os.listdir(root / ".lwstwisted" / kind)]
-    return found, problems
-
-
-# The load
+    def next(self, kind: str, sent: int = 0) -> Operation:
+        """The next thing to ask of it."""
+        self.sent = max(self.sent, sent)
+        return Operation(kind, {}, upload=self.operation.upload, seed=self.operation.seed, sent=self.sent)
 
 
 class Client(Thread):
@@ -195,6 +86,8 @@ class Client(Thread):
         self._stop_event = stop
         self._connections: dict[int, http.client.HTTPConnection] = {}
         self._number = itertools.count()
+        self._uploads: list[Upload] = []
+        self._etag = ""
 
     def run(self) -> None:
         try:
@@ -208,28 +101,47 @@ class Client(Thread):
                 connection.close()
 
     def _one(self) -> None:
-        rng, names = self._rng, self._names
-        choice = rng.choices(["new", "new folder", "replace", "delete", "claim", "form"], [18, 8, 20, 14, 18, 22])[0]
-        if choice == "form":
-            self._form()
-        elif choice == "claim":
-            self._claim()
-        elif choice == "delete":
-            name = names.any_known(rng)
-            self._ask(Operation(choice, {name: None}), "DELETE", name)
-        else:
-            name = {"new": names.new, "new folder": names.new_below, "replace": names.hot}[choice](rng)
-            body = self._content()
-            self._ask(Operation(choice, {name: hashlib.sha256(body).hexdigest()}), "PUT", name, body)
+        [way] = self._rng.choices([way for way, _ in WAYS], [weight for _, weight in WAYS])
+        way(self)
 
-    def _claim(self) -> None:
+    def put_new(self) -> None:
+        self._put("new", self._names.new(self._rng))
+
+    def put_below_new(self) -> None:
+        self._put("new folder", self._names.new_below(self._rng))
+
+    def replace(self) -> None:
+        self._put("replace", self._names.hot(self._rng))
+
+    def _put(self, kind: str, name: str) -> None:
+        body = self._content()
+        self._ask(Operation(kind, {name: hashlib.sha256(body).hexdigest()}), "PUT", f"/files/{name}", body)
+
+    def delete(self) -> None:
+        name = self._names.any_known(self._rng)
+        self._ask(Operation("delete", {name: None}), "DELETE", f"/files/{name}")
+
+    def claim(self) -> None:
         """Create a file on all services at once: one of them may."""
         name, asked = self._names.claim(), []
         for port in self._rng.sample(self._ports, len(self._ports)):
             body = self._content()
             operation = Operation("claim", {name: hashlib.sha256(body).hexdigest()})
             asked.append((port, operation))
-            self._send(port, operation, "PUT", name, body, {"If-None-Match": "*"})
+            self._send(port, operation, "PUT", f"/files/{name}", body, {"If-None-Match": "*"})
+        for port, operation in asked:
+            self._receive(port, operation)
+
+    def match(self) -> None:
+        """Replace a file on all services at once, as it was seen: one of them may."""
+        name, body, asked = self._names.claim(), self._content(), []
+        self._ask(Operation("seen", {name: hashlib.sha256(body).hexdigest()}), "PUT", f"/files/{name}", body)
+        headers = {"If-Match": self._etag}
+        for port in self._rng.sample(self._ports, len(self._ports)):
+            body = self._content()
+            operation = Operation("match", {name: hashlib.sha256(body).hexdigest()})
+            asked.append((port, operation))
+            self._send(port, operation, "PUT", f"/files/{name}", body, headers)
         for port, operation in asked:
             self._receive(port, operation)
 
@@ -238,7 +150,7 @@ class Client(Thread):
         size = self._rng.choice([0, 100, 5000, 20000]) if self._rng.random() < 0.97 else 300_000
         return f"{self.name} {next(self._number)} ".encode() + self._rng.randbytes(self._rng.randrange(size + 1))
 
-    def _form(self) -> None:
+    def form(self) -> None:
         rng, names = self._rng, self._names
         folder = names.new_folder(rng) if rng.random() < 0.3 else names.old_folder(rng)
         count = rng.randint(1, SMALL_FORM if rng.random() < 0.8 else LARGE_FORM)
@@ -252,7 +164,78 @@ class Client(Thread):
         body += f"--{boundary}--\r\n".encode()
         operation = Operation("form", {name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
         headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-        self._ask(operation, "POST", f"{folder}/", body, headers)
+        names.wanted = list(files)
+        self._ask(operation, "POST", f"/files/{folder}/", body, headers)
+
+    # Uploads of several requests
+
+    def resume(self) -> None:
+        """Do one thing for one upload."""
+        rng = self._rng
+        if len(self._uploads) < rng.randint(1, UPLOADS):
+            self._begin()
+            return
+        upload = rng.choice(self._uploads)
+        choice = rng.random()
+        if choice < 0.04:
+            self._uploads.remove(upload)
+        elif choice < 0.18:
+            self._ask(upload.next("cancel"), "DELETE", _url(upload), headers=TUS)
+            self._uploads.remove(upload)
+        elif upload.offset is None or choice < 0.22:
+            operation = upload.next("ask")
+            self._ask(operation, "HEAD", _url(upload), headers=TUS)
+            upload.offset = operation.offset
+        elif choice < 0.3 and upload.size - upload.offset > 1:
+            self._leave(upload, upload.offset)
+        else:
+            self._append(upload, upload.offset)
+
+    def _begin(self) -> None:
+        rng = self._rng
+        seed, name = f"{self.name} {next(self._number)}", self._names.whole(rng)
+        size = rng.choice([1, 300, 20_000, 100_000]) if rng.random() < 0.96 else 3_000_000
+        upload = Upload(name, rng.randint(1, size), rng.random() < 0.2, Operation("begin", {}, seed=seed))
+        body = b""
+        if rng.random() < 0.2:
+            upload.operation.sent = upload.sent = rng.randrange(upload.size)
+            body = content_of(seed, upload.sent)
+        headers = {**(BYTES if body else TUS), "Upload-Metadata": f"filename {b64encode(name.encode()).decode()}"}
+        headers |= {"Upload-Defer-Length": "1"} if upload.is_deferred else {"Upload-Length": f"{upload.size}"}
+        self._ask(upload.operation, "POST", "/uploads/", body, headers)
+        upload.offset = upload.operation.offset
+        self._uploads.append(upload)
+
+    def _append(self, upload: Upload, offset: int) -> None:
+        """Send some of it, or the rest."""
+        rng = self._rng
+        end = upload.size if rng.random() < 0.4 else offset + rng.randint(1, upload.size - offset)
+        content = content_of(upload.operation.seed, upload.size)
+        headers = {**BYTES, "Upload-Offset": f"{offset}"}
+        if end == upload.size and upload.is_deferred:
+            headers["Upload-Length"] = f"{upload.size}"
+        operation = upload.next("finish" if end == upload.size else "append", end)
+        if end == upload.size:
+            operation.files = {upload.name: hashlib.sha256(content).hexdigest()}
+        self._ask(operation, "PATCH", _url(upload), content[offset:end], headers)
+        upload.offset = operation.offset
+        if operation.ended is not None and operation.offset != end:
+            self._history.problems.append(f"{operation} was told another offset than {end}")
+        if end == upload.size and operation.ended is not None:
+            self._uploads.remove(upload)
+
+    def _leave(self, upload: Upload, offset: int) -> None:
+        """Send less than was announced, and close the connection."""
+        rng = self._rng
+        announced = rng.randint(offset + 2, upload.size)
+        sent = rng.randrange(offset + 1, announced)
+        upload.offset = None
+        self._history.begin(upload.next("append", sent))
+        with socket.create_connection(("127.0.0.1", rng.choice(self._ports)), timeout=PATIENCE) as connection:
+            headers = {"Host": "localhost", **BYTES, "Upload-Offset": offset, "Content-Length": announced - offset}
+            lines = [f"PATCH {_url(upload)} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+            connection.sendall("\r\n".join([*lines, "", ""]).encode())
+            connection.sendall(content_of(upload.operation.seed, sent)[offset:])
 
     def _ask(
         self, operation: Operation, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS
@@ -270,31 +253,124 @@ class Client(Thread):
             connection.connect()
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._history.begin(operation)
-        connection.request(method, f"/files/{path}", body, dict(headers))
+        connection.request(method, path, body, dict(headers))
 
     def _receive(self, port: int, operation: Operation) -> None:
         response = self._connections[port].getresponse()
-        if response.status in (201, 204):
+        self._etag = response.headers.get("ETag", "")
+        if response.status in (200, 201, 204):
             # Before the rest of the answer is read: what the disk is told meanwhile doesn't count.
+            operation.is_new = response.status == 201 and operation.kind not in ("form", "begin")
+            if operation.seed:
+                self._note_upload(operation, response)
             self._history.end(operation)
             self._names.note(operation)
-        elif response.status in (404, 412):
+        elif response.status in (404, 412) and not operation.seed:
             self._history.refuse(operation)
+        elif response.status == 409 and operation.kind in ("append", "finish"):
+            pass  # what was left has been read only now; the client asks how far that came
         else:
             self._history.problems.append(f"{operation.kind} of {operation.files} was answered {response.status}")
         response.read()
+
+    def _note_upload(self, operation: Operation, response: http.client.HTTPResponse) -> None:
+        if operation.kind == "begin":
+            operation.upload = UPLOAD + str(response.headers["Location"]).rpartition("/")[2]
+        if operation.kind != "cancel":
+            # Nobody tells it of an upload that has begun without bytes.
+            operation.offset = int(response.headers.get("Upload-Offset", "0"))
+            if operation.offset > operation.sent:
+                self._history.problems.append(f"{operation} was told an offset that nobody has sent")
+
+
+def _url(upload: Upload) -> str:
+    return f"/uploads/{upload.operation.upload.removeprefix(UPLOAD)}"
+
+
+WAYS: Sequence[tuple[Callable[[Client], None], int]] = [
+    (Client.put_new, 18),
+    (Client.put_below_new, 8),
+    (Client.replace, 20),
+    (Client.delete, 14),
+    (Client.claim, 18),
+    (Client.match, 12),
+    (Client.form, 22),
+    (Client.resume, 60),
+]
+"""What clients do, and how often."""
+
+
+class Person(Thread):
+    """Puts files where forms are about to put theirs, with no service in between, and overwrites nothing.
+
+    :param root: of the services.
+    :param log: where his calls are noted, if they have to be.
+    :ivar leave: ends it.
+    """
+
+    def __init__(self, seed: str, root: Path, history: History, names: Names, log: Path | None = None) -> None:
+        super().__init__(name=seed)
+        self._rng = random.Random(seed)
+        self._root = root
+        self._history = history
+        self._names = names
+        self.leave = Event()
+        self._calls: Any = os if log is None else Calls(log)
+
+    def run(self) -> None:
+        try:
+            while not self.leave.wait(self._rng.uniform(0.001, 0.005)):
+                self._one()
+        except OSError as error:
+            self._history.problems.append(f"a file failed before the cut: {error!r}")
+        finally:
+            if isinstance(self._calls, Calls):
+                self._calls.close()
+
+    def _one(self) -> None:
+        wanted = self._names.wanted
+        if not wanted:
+            return
+        name = self._rng.choice(wanted)
+        try:
+            folder = os.open((self._root / name).parent, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return
+        try:
+            self._put(folder, name)
+        finally:
+            os.close(folder)
+
+    def _put(self, folder: int, name: str) -> None:
+        calls, body = self._calls, self._rng.randbytes(100)
+        operation = Operation("by hand", {name: hashlib.sha256(body).hexdigest()})
+        file = calls.open(".", os.O_WRONLY | os.O_TMPFILE, 0o644, dir_fd=folder)
+        try:
+            calls.pwrite(file, body, 0)
+            calls.fsync(file)
+            self._history.begin(operation)
+            target = name.rpartition("/")[2]
+            calls.link(f"/proc/self/fd/{file}", target, dst_dir_fd=folder, follow_symlinks=True)
+            calls.fsync(folder)
+            self._history.end(operation)
+        except (FileExistsError, FileNotFoundError):  # of a folder that is gone
+            self._history.refuse(operation)
+        finally:
+            os.close(file)
 
 
 class Names:
     """Names to upload to.
 
     :param load: a number that no other load of this file system has.
+    :ivar wanted: by the last form.
     """
 
     def __init__(self, load: int) -> None:
         self._load = load
         self._number = itertools.count()
         self._known: list[str] = []
+        self.wanted: Sequence[str] = ()
         self._lock = Lock()
 
     def _unique(self) -> str:
@@ -322,6 +398,10 @@ class Names:
     def claim(self) -> str:
         return f"claims/c{self._unique()}"
 
+    def whole(self, rng: random.Random) -> str:
+        """Of an upload of several requests: without a folder."""
+        return f"hot{rng.randrange(HOT_NAMES)}" if rng.random() < 0.2 else f"w{self._unique()}"
+
     def any_known(self, rng: random.Random) -> str:
         with self._lock:
             if self._known and rng.random() < 0.5:
@@ -329,45 +409,79 @@ class Names:
         return self.hot(rng)
 
     def note(self, operation: Operation) -> None:
-        if operation.kind in ("new", "new folder", "form"):
+        if operation.kind in ("new", "new folder", "form", "finish"):
             with self._lock:
-                self._known += [name for name in operation.files if "/hot" not in name]
+                self._known += [name for name in operation.files if not name.rpartition("/")[2].startswith("hot")]
 
 
 @contextmanager
-def services(root: Path, mutant: str, folder: Path) -> Iterator[tuple[list[Server], list[int]]]:
+def services(
+    root: Path, mutant: str, folder: Path, processes: int = PROCESSES, calls: Path | None = None
+) -> Iterator[tuple[list[Server], list[int]]]:
     """Run services on one root, with their ports.
 
     :param mutant: or "".
     :param folder: for files of the mutant.
+    :param calls: a log of their calls, if they have to note them.
     """
-    extra = environment(folder / "site", mutant) if mutant else {}
+    extra = environment(folder / "site", mutant, calls)
     command = [sys.executable, "-m", "lwstwisted", "serve", "--root", root, "--durability", "full"]
     command += ["--listen", "tcp:0:interface=127.0.0.1", "--access-log", os.devnull]
     with ExitStack() as stack:
         found = [
             stack.enter_context(serving([str(word) for word in command], cwd=TOP, environment=extra))
-            for _ in range(PROCESSES)
+            for _ in range(processes)
         ]
         yield found, [server.wait_for_ports()[0] for server in found]
 
 
-def load(seed: str, ports: Sequence[int], history: History, number: int, clients: int) -> tuple[Event, list[Client]]:
-    """Start clients.
+@dataclass
+class Load:
+    """Clients under way; :func:`load` starts them.
+
+    :ivar stop: is set when what fails from now on is no failure.
+    """
+
+    stop: Event
+    clients: Sequence[Client]
+    person: Person
+
+    def finish(self) -> None:
+        """Stop all, and wait for what they are doing."""
+        self.stop.set()
+        self.stop_person()
+        for client in self.clients:
+            _join(client)
+
+    def stop_person(self) -> None:
+        """Nobody changes the files any more but the services."""
+        self.person.leave.set()
+        _join(self.person)
+
+
+def _join(thread: Thread) -> None:
+    thread.join(PATIENCE)
+    if thread.is_alive():
+        raise AssertionError("a client hangs")
+
+
+@contextmanager
+def load(
+    seed: str, ports: Sequence[int], root: Path, history: History, number: int, clients: int, calls: Path | None = None
+) -> Iterator[Load]:
+    """Start clients, and a person; whatever happens, nobody uses the root behind the block.
 
     :param number: of this load, on this file system.
+    :param calls: a log of what the person does, if that has to be noted.
     """
     stop, names = Event(), Names(number)
     started = [Client(f"{seed}.{client}", ports, history, names, stop) for client in range(clients)]
-    for client in started:
-        client.start()
-    return stop, started
-
-
-def finish(stop: Event, clients: Iterable[Client]) -> None:
-    """Stop clients, and wait for what they are doing."""
-    stop.set()
-    for client in clients:
-        client.join(PATIENCE)
-        if client.is_alive():
-            raise AssertionError("a client hangs")
+    person = Person(f"{seed}.person", root, history, names, calls)
+    for thread in (*started, person):
+        thread.start()
+    under_way = Load(stop, started, person)
+    try:
+        yield under_way
+    finally:
+        stop.set()
+        under_way.stop_person()

@@ -18,13 +18,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from tests import calllog
+
 TOP = Path(__file__).parent.parent
 STORES = TOP / "lwstwisted" / "stores"
-VARIABLE = "POWERCUT_MUTANT"
+VARIABLE, LOG_VARIABLE = "POWERCUT_MUTANT", "POWERCUT_LOG"
 TOOK_EFFECT = "the mutant took effect"
 
+CHECKPOINT = 64 * 1024
+"""Bytes after which a service makes an upload durable while more of them come: else no load would see it."""
 
-CANNOT_LOSE = {
+
+HIDDEN_BY_EXT4 = {
     "BatchFolder._write_journal.sync_folder": "the batch's name is older than its journal, whose folder is synced next",
     "BatchFolder._write_journal.sync_folder.2": "the names are given later than the journal, and one journal of the "
     "file system has all of it, in this order",
@@ -32,12 +37,19 @@ CANNOT_LOSE = {
     "BatchFolder._undo.sync_folder": "the journal goes later than the names were taken back, and that is synced",
     "Tree._make_root.sync_folder": "the root is older than all that is synced in it",
     "Tree._make.sync_folder": "the folder is older than the name in it, which is synced next",
-    "link overwrites": "names are locked for all processes while they are looked at and given",
-    "batch link overwrites": "names are locked for all processes while they are looked at and given",
+    "batch without journal": "all names that a form gives in a folder are one commit of the journal, but for chance",
 }
 """Mutants without a loss on ext4, and why. Its fsync of a folder is a commit of the one journal that all folders share
 (jbd2), which has all that was done before in the order in which it was done; so what is synced later makes durable what
-is older. POSIX promises none of that, and the store does not rely on it: btrfs shows a loss without the third one."""
+is older. POSIX promises none of that, and the store does not rely on it: ``tests/calllog.py`` shows a loss of each."""
+
+
+AFTER_KILL = {
+    "UploadFile._already.sync_folder": "an upload whose service is killed between its name and the record of that, and "
+    "which is asked for before the power fails: no service is killed under load",
+}
+"""Mutants that the load can't notice, and when they lose something; ``KilledTests`` of ``tests/test_powercut.py`` does
+that to them."""
 
 
 class Sync(NamedTuple):
@@ -111,44 +123,44 @@ def _without(sync: Sync, applies: Callable[[FrameType], bool] = lambda caller: T
 
 def _after_link() -> None:
     """The folder isn't synced when a file was given a new name."""
-    _without(_named("_Draft._place.sync_folder"), lambda caller: bool(caller.f_locals["is_new"]))
+    _without(_named("OpenPartial._place.sync_folder"), lambda caller: bool(caller.f_locals["is_new"]))
 
 
 def _after_rename() -> None:
     """The folder isn't synced when a file was replaced."""
-    _without(_named("_Draft._place.sync_folder"), lambda caller: not caller.f_locals["is_new"])
+    _without(_named("OpenPartial._place.sync_folder"), lambda caller: not caller.f_locals["is_new"])
 
 
 def _link_overwrites() -> None:
     """A new name is given by a rename, which takes it from whoever has had it."""
-    from lwstwisted.stores import local
+    from lwstwisted.stores.placing import OpenPartial
 
-    exclusive = local._Draft._link_new
-
-    def overwriting(draft: Any, folder: int, last: bytes) -> None:
+    def overwriting(file: Any, folder: int, last: bytes) -> bool:
         _took_effect()
-        name = draft._tree.link_partial(draft._descriptor)
-        os.rename(name, last, src_dir_fd=draft._tree.partial, dst_dir_fd=folder)
+        name = file._tree.link_partial(file.descriptor)
+        os.rename(name, last, src_dir_fd=file._tree.partial, dst_dir_fd=folder)
+        file.is_named = True
+        return True
 
-    local._Draft._link_new = overwriting
-    local._BatchDraft._link_new = exclusive
+    OpenPartial._link_new = overwriting
 
 
 def _write_in_place() -> None:
     """A file that is replaced is opened and written to."""
-    from lwstwisted.stores import local
+    from lwstwisted.stores.placing import OpenPartial
 
-    def in_place(draft: Any, folder: int, last: bytes) -> bool:
+    def in_place(file: Any, folder: int, last: bytes) -> bool:
+        file.is_named = True
         try:
-            draft._link_new(folder, last)
+            file.link_new(folder, last)
             return True
         except FileExistsError:
-            draft._tree.require_file(os.lstat(last, dir_fd=folder))
+            file._tree.require_file(os.lstat(last, dir_fd=folder))
         _took_effect()
-        _overwrite(draft._descriptor, last, folder)
+        _overwrite(file.descriptor, last, folder)
         return False
 
-    local._Draft._link_unchecked = in_place
+    OpenPartial._link_unchecked = in_place
 
 
 def _overwrite(source: int, last: bytes, folder: int) -> None:
@@ -248,8 +260,8 @@ def _named(name: str) -> Sync:
 
 
 def names() -> list[str]:
-    """All mutants."""
-    return [sync.name for sync in syncs()] + list(OTHERS)
+    """All mutants that the load is able to notice."""
+    return [sync.name for sync in syncs() if sync.name not in AFTER_KILL] + list(OTHERS)
 
 
 def install(name: str) -> None:
@@ -260,13 +272,26 @@ def install(name: str) -> None:
         _without(_named(name))
 
 
-def environment(folder: Path, name: str) -> dict[str, str]:
-    """What a service needs in its environment to be a mutant.
+def environment(folder: Path, name: str, log: Path | None = None) -> dict[str, str]:
+    """What a service needs in its environment to be a mutant, and to have many checkpoints.
 
     :param folder: for files; empty.
+    :param name: "" for the store as it is.
+    :param log: where its calls are noted (``tests/calllog.py``).
     """
     folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(
-        f"import os\nfrom {__name__} import install\ninstall(os.environ[{VARIABLE!r}])\n"
-    )
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{TOP}", VARIABLE: name}
+    (folder / "sitecustomize.py").write_text(f"from {__name__} import begin\nbegin()\n")
+    found = {"PYTHONPATH": f"{folder}{os.pathsep}{TOP}", VARIABLE: name}
+    return found if log is None else {**found, LOG_VARIABLE: str(log)}
+
+
+def begin() -> None:
+    """Become what the environment says."""
+    # Only now: those who make mutants need no service.
+    from lwstwisted.uploads import session
+
+    session.CHECKPOINT = CHECKPOINT
+    if LOG_VARIABLE in os.environ:
+        calllog.install(Path(os.environ[LOG_VARIABLE]))
+    if os.environ[VARIABLE]:
+        install(os.environ[VARIABLE])

@@ -37,11 +37,12 @@ Tree = dict[str, bytes | None]
 
 ONE_THREAD = """
 from lwstwisted.__main__ import main
-from lwstwisted.stores.local import LocalStore
-LocalStore.__init__.__kwdefaults__["threads"] = 1
+from lwstwisted.stores import local
+local.LocalStore.__init__.__kwdefaults__["threads"] = 1
+local.READER_THREADS = 1
 main()
 """
-"""The service with one thread that writes: strace counts the calls of each thread on their own."""
+"""The service with one thread that writes, and one that reads: strace counts the calls of each thread on their own."""
 
 NEW = os.urandom(1_300_000)
 """More than the store is given at once: one write while it arrives, and one at the end, at least."""
@@ -135,10 +136,12 @@ class FaultCase(SynchronousTestCase):
         options = ("--root", self.root, "--listen", "tcp:0")
         with serving([*command, *options], cwd=self.folder) as server:
             (port,) = server.wait_for_ports()
-            # The threads of the store begin when they are wanted: first one that writes, then one that reads.
-            self.assertEqual(ask(port, Request("DELETE", "none", 204, {})), 404)
-            (self.writer,) = set(os.listdir(f"/proc/{server.process.pid}/task")) - {str(server.process.pid)}
+            # The threads of the store begin when they are wanted: first the one that reads, then the one that writes.
             self.assertEqual(ask(port, Request("GET", "", 200, {})), 200)
+            tasks = f"/proc/{server.process.pid}/task"
+            others = set(os.listdir(tasks))
+            self.assertEqual(ask(port, Request("DELETE", "none", 204, {})), 404)
+            (self.writer,) = set(os.listdir(tasks)) - others
             wait_until(lambda: not connections(port), "the connection is over")
             self.idle = server.descriptors()
             yield server, port

@@ -332,7 +332,7 @@ class ShortTurnTests(SynchronousTestCase):
         factory = Factory.forProtocol(Protocol)
         made: list[Any] = []
         factory.buildProtocol = lambda address: made.append(Protocol()) or made[-1]  # type: ignore[func-returns-value]
-        path = self.mktemp()
+        path = f"\0lwstwisted-{os.getpid()}"  # a name without a file (unix(7))
         tcp: Any = self.reactor.listenTCP(0, factory, 1024, "127.0.0.1")
         ssl: Any = self.reactor.listenSSL(0, factory, server_context(), 1024, "127.0.0.1")
         self.reactor.listenUNIX(path, factory, 1024)

@@ -25,7 +25,7 @@ from lwstwisted.uploads.openapi import describe
 from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
 from tests.servers import PATIENCE, Server, script, serving, twistd
 
-METHODS = {"get", "head", "put", "post", "delete", "options"}
+METHODS = {"get", "head", "put", "post", "patch", "delete", "options"}
 PACKAGE = Path(lwstwisted.__file__).parent
 REFUSALS = {value.code: value for value in vars(errors).values() if isinstance(value, Refusal)}
 
@@ -72,6 +72,13 @@ def mentioned(*modules: str) -> set[str]:
     return {code for code, refusal in REFUSALS.items() if any(getattr(errors, n, None) is refusal for n in names)}
 
 
+def is_of(refusal: Refusal, content: bytes) -> bool:
+    """Whether a refusal has this content: a sentence, or a problem."""
+    if not refusal.problem:
+        return content == f"{refusal.sentence}\n".encode()
+    return content.startswith(b"{") and json.loads(content).get("type") == refusal.problem
+
+
 class DocumentTests(SynchronousTestCase):
     """The document, as a program reads it."""
 
@@ -104,17 +111,32 @@ class DocumentTests(SynchronousTestCase):
     def test_every_refusal_of_an_upload(self) -> None:
         """What the modules name that an upload goes through is what PUT and POST are described with."""
         web = [f"web/{name}.py" for name in ("answers", "channel", "wire")]
-        stores = [f"stores/{name}.py" for name in ("names", "space", "tree", "batch", "local")]
+        stores = [f"stores/{name}.py" for name in ("names", "space", "tree", "threads", "batch", "local")]
         shared = [f"uploads/{name}.py" for name in ("announced", "conditions", "digests", "origin", "transfer")]
         below = [*web, *stores, *shared]
         # Known methods are understood, files that are looked for are not stored, and a channel parses forms for others.
         not_met = {"unknown_method", "not_found"}
-        put = mentioned("uploads/put.py", *below) - not_met - {"bad_form"}
-        post = mentioned("uploads/form.py", "uploads/parts.py", *below) - not_met
+        resumed = {"content_range", "length_mismatch", "upload_overrun", "upload_taken"}
+        self.assertEqual(resumed - mentioned("uploads/rufh.py", "uploads/session.py"), set())
+        put = mentioned("uploads/put.py", *below) - not_met - {"bad_form"} | resumed
+        named_by_field = {"bad_disposition", "form_in_parts"}
+        post = mentioned("uploads/form.py", "uploads/parts.py", *below) - not_met | resumed | named_by_field
         operations = described(self.document)
         self.assertEqual(codes_of(operations["PUT", "/files/{path}"]), put)
         self.assertEqual(codes_of(operations["POST", "/files/"]), post)
         self.assertEqual(codes_of(operations["POST", "/files/{folder}/"]), post)
+
+    def test_every_refusal_of_a_resumable_upload(self) -> None:
+        """What the modules name that it goes through is what the paths of uploads are described with."""
+        below = [f"web/{name}.py" for name in ("answers", "channel", "wire")]
+        stores = ("names", "space", "tree", "threads", "placing", "record", "resumable")
+        below += [f"stores/{name}.py" for name in stores]
+        shared = ("announced", "conditions", "digests", "origin", "cors", "transfer", "session", "resumable")
+        below += [f"uploads/{name}.py" for name in (*shared, "tus", "rufh")]
+        operations = described(self.document)
+        found = [codes_of(answers) for (_, path), answers in operations.items() if path.startswith("/uploads/")]
+        not_met = {"unknown_method", "method_not_allowed", "not_found", "bad_form"}
+        self.assertEqual(set().union(*found), mentioned(*below) - not_met)
 
     def test_limits(self) -> None:
         """The numbers are those of this service."""
@@ -182,9 +204,9 @@ class Answers:
             schema = kinds.get(kind, {}).get("schema")
             if schema is not None:
                 schema = {**schema, "components": self.document["components"]}  # where its references point
-                value = json.loads(content) if kind == "application/json" else content.decode()
+                value = json.loads(content) if kind.endswith("json") else content.decode()
                 assert jsonschema_rs.is_valid(schema, value), where
-            self.codes |= {code for code, refusal in REFUSALS.items() if f"{refusal.sentence}\n".encode() == content}
+            self.codes |= {code for code, refusal in REFUSALS.items() if is_of(refusal, content)}
         else:
             assert content == b"", where
         return status, headers, content
@@ -221,7 +243,7 @@ class AnswerTests(ServiceTestCase):
 
         def refused(refusal: Refusal, *request: str, **more: Any) -> None:
             status, _, content = ask(*request, **more)
-            self.assertEqual((status, content), (refusal.status, refusal.sentence.encode() + b"\n"), request[:2])
+            self.assertEqual((status, is_of(refusal, content)), (refusal.status, True), (request, content))
 
         # What works
         example = answers.document["paths"][file]["put"]
@@ -347,11 +369,72 @@ class AnswerTests(ServiceTestCase):
             self.assertIn(errors.BODY_SHORT.sentence.encode(), client.recv(65536))
             answers.codes.add("body_short")
 
+        self.resumable(answers, refused)
+
         operations = described(answers.document)
         every = set().union(*(codes_of(responses) for responses in operations.values()))
         self.assertEqual(every - answers.codes, set(ELSEWHERE))
         good = {(*key, status) for key, responses in operations.items() for status in responses if status < "400"}
         self.assertEqual(good - answers.statuses, set())
+
+    def resumable(self, answers: Answers, refused: Any) -> None:
+        """Uploads of both protocols: what works, and what doesn't."""
+        ask, begin, one = answers.ask, ("POST", "/uploads/", "/uploads/"), "/uploads/{id}"
+        tus, kind = "Tus-Resumable: 1.0.0", "Content-Type: application/offset+octet-stream"
+        self.assertEqual(ask("OPTIONS", "/uploads/", "/uploads/")[0], 200)
+
+        def begun(*fields: str, body: bytes = b"") -> str:
+            status, headers, _ = ask(*begin, *fields, f"Content-Length: {len(body)}", body=body)
+            self.assertEqual(status, 201)
+            return str(headers["Location"])
+
+        path = begun(tus, "Upload-Length: 6", "Upload-Metadata: filename aGVsbG8=")
+        self.assertEqual(ask("OPTIONS", one, path)[0], 200)
+        append = ("PATCH", one, path, tus, kind, "Upload-Offset: 0")
+        body, length = b"hello\n", "Content-Length: 6"
+        for refusal, request, content in (
+            (errors.OFFSET_MISMATCH, (*append[:-1], "Upload-Offset: 1", length), body),
+            (errors.NOT_A_PART, ("PATCH", one, path, tus, "Upload-Offset: 0", length), body),
+            (errors.BAD_UPLOAD_FIELD, (*append[:-1], length), body),
+            (errors.BAD_CHECKSUM, (*append, length, "Upload-Checksum: x"), body),
+            (errors.CHECKSUM_MISMATCH, (*append, length, "Upload-Checksum: md5 AAAA"), body),
+            (errors.UPLOAD_OVERRUN, (*append, "Content-Length: 7"), body + b"x"),
+            (errors.LENGTH_MISMATCH, (*append, length, "Upload-Length: 7"), body),
+            (errors.TUS_VERSION, ("HEAD", one, path, "Tus-Resumable: 2"), b""),
+            (errors.TUS_VERSION, ("DELETE", one, path, "Tus-Resumable: 2"), b""),
+            (errors.UPLOAD_NOT_FOUND, ("GET", one, "/uploads/" + "0" * 32), b""),
+            (errors.BAD_METADATA, (*begin, tus, "Upload-Length: 1", "Upload-Metadata: ,"), b""),
+            (errors.BAD_PARTS, (*begin, tus, f"Upload-Concat: final;{path}"), b""),
+            (errors.NOT_AN_UPLOAD, begin, b""),
+            (errors.FORM_IN_PARTS, (*begin, "Upload-Complete: ?1", "Content-Type: multipart/form-data"), b""),
+            (errors.BAD_DISPOSITION, (*begin, "Upload-Complete: ?0", "Content-Disposition: /"), b""),
+        ):
+            if request[0] == "HEAD":
+                self.assertEqual(ask(*request)[0], refusal.status)
+            else:
+                refused(refusal, *request, body=content)
+        part = begun(tus, "Upload-Length: 6", "Upload-Concat: partial")
+        final = begun(tus, f"Upload-Concat: final;{part}")
+        refused(errors.CONCATENATED, "PATCH", one, final, tus, kind, "Upload-Offset: 0", length, body=body)
+        with socket.create_connection(("127.0.0.1", answers.port), timeout=PATIENCE) as client:
+            lines = [f"PATCH {path} HTTP/1.1", "Host: x", *append[3:], length, "Expect: 100-continue", "", ""]
+            client.sendall("\r\n".join(lines).encode())
+            self.assertTrue(client.recv(65536).startswith(b"HTTP/1.1 100 "))
+            for method in ("HEAD", "GET"):
+                self.assertEqual([ask(method, one, path, *said)[0] for said in ((), (tus,))], [204, 200])
+            self.assertIn(errors.UPLOAD_TAKEN.sentence.encode(), client.recv(65536))
+            answers.codes.add("upload_taken")
+        self.assertEqual(ask(*append, length, body=body)[0], 204)
+        refused(errors.UPLOAD_FINISHED, *append[:-1], "Upload-Offset: 6", "Content-Length: 1", body=b"x")
+        self.assertEqual(ask("DELETE", one, path)[0], 204)
+
+        named = "Content-Disposition: attachment; filename=ietf"
+        self.assertEqual(ask(*begin, "Upload-Complete: ?1", named, length, body=body)[0], 201)
+        self.assertEqual(ask(*begin, "Upload-Complete: ?1", named, length, body=body)[0], 204)
+        path = begun("Upload-Complete: ?0", "Content-Disposition: attachment; filename=more", body=b"hel")
+        rest = ("Upload-Offset: 3", "Upload-Complete: ?1", "Content-Length: 3")
+        kind = "Content-Type: application/partial-upload"
+        self.assertEqual(ask("PATCH", one, path, kind, *rest, body=b"lo\n")[0], 201)
 
     def test_other_methods(self) -> None:
         """What a resource can't do is 405, with what it can; a method that nobody knows is 501."""
@@ -412,7 +495,18 @@ class AnswerTests(ServiceTestCase):
 
 
 
+HOOKS = """
+import schemathesis
+
+schemathesis.serializer.alias(
+    ["application/offset+octet-stream", "application/partial-upload"], "application/octet-stream"
+)
+"""
+"""Both media types are any bytes."""
+
 SETTINGS = """
+hooks = "media_types"
+
 [checks.positive_data_acceptance]
 # What fits the description may still miss what is there: no such file, a folder, other conditions, no such range.
 expected-statuses = ["2xx", "302", "304", "404", "409", "412", "416"]
@@ -426,6 +520,18 @@ expected-statuses = ["400", "404", "405", "409", "411", "412", "415", "431"]
 include-operation-id = "putFile"
 [operations.checks.positive_data_acceptance]
 expected-statuses = ["2xx", "400", "409", "412"]
+
+[[operations]]
+# Which fields have to be there depends on others, and a media type on the protocol.
+include-operation-id-regex = "^(post|patch)Uploads?$"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", "400", "404", "409", "412", "413", "415", "460"]
+
+[[operations]]
+# Another version of tus is refused (412) whatever the method is.
+include-path-regex = "^/uploads/"
+[operations.checks.unsupported_method]
+enabled = false
 
 [[operations]]
 # Its answer is what could be done under a name, whether or not a file has it.
@@ -449,6 +555,7 @@ class SchemathesisTests(ServiceTestCase):
         """In all phases, with every check that there is something to check for."""
         settings = self.folder / "schemathesis.toml"
         settings.write_text(SETTINGS, encoding="utf-8")
+        (self.folder / "media_types.py").write_text(HOOKS, encoding="utf-8")
         server = self.serve("--max-size", "100K")
         port = server.wait_for_ports()[0]
         options = ["--exclude-checks", NOT_CHECKED, "--max-examples", str(EXAMPLES), "--seed", "1", "--no-color"]
@@ -464,7 +571,7 @@ class SchemathesisTests(ServiceTestCase):
             timeout=10 * PATIENCE,
         )
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
-        self.assertRegex(done.stdout, r"24 selected / 24 total")
+        self.assertRegex(done.stdout, r"31 selected / 31 total")
         # What it did is seen here and not believed: every operation was called, and the good answers were among them.
         seen = Counter(self.operation_of(line) for line in self.log.read_text(encoding="utf-8").splitlines())
         operations = described(Answers(port).document)
@@ -490,6 +597,8 @@ class SchemathesisTests(ServiceTestCase):
         """Method, path as the document has it, and status of a line of the access log."""
         entry = json.loads(line)
         path = entry["target"].partition("?")[0]
-        if match := re.fullmatch(r"/files/[^/]+(/?)", path):
+        if re.fullmatch(r"/uploads/[^/]+", path):
+            path = "/uploads/{id}"
+        elif match := re.fullmatch(r"/files/[^/]+(/?)", path):
             path = "/files/{folder}/" if match[1] else "/files/{path}"
         return entry["method"], path, entry["status"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import http.client
 import os
 import shlex
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from ipaddress import ip_network
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -221,6 +223,10 @@ class OptionsTests(SynchronousTestCase):
                 "max-size": MAX_LENGTH,
                 "min-free": 0,
                 "quota": None,
+                "upload-lifetime": 24 * 3600.0,
+                "public-url": "",
+                "allowed-origins": ["*"],
+                "trusted-proxies": [],
                 "port": 8443,
                 "listen": [],
                 "limits": Limits(),
@@ -234,7 +240,9 @@ class OptionsTests(SynchronousTestCase):
         log = ("--access-log", "/l", "--access-log-format", "json")
         space = ("--min-free", "2K", "--quota", "3K")
         listen = ("-l", "tcp:1", "--listen", "unix:/s")
-        options = parsed("-r", "/r", "-d", "none", "-m", "1K", *space, *listen, *limits, *log)
+        resumable = ("--upload-lifetime", "36h", "--public-url", "https://a/b/", "--allow-origin", "https://c")
+        proxies = ("--trusted-proxy", "10.1.0.0/16", "--trusted-proxy", "::1")
+        options = parsed("-r", "/r", "-d", "none", "-m", "1K", *space, *resumable, *proxies, *listen, *limits, *log)
         self.assertEqual(
             dict(options),
             {
@@ -243,6 +251,10 @@ class OptionsTests(SynchronousTestCase):
                 "max-size": 1024,
                 "min-free": 2048,
                 "quota": 3072,
+                "upload-lifetime": 36 * 3600.0,
+                "public-url": "https://a/b",
+                "allowed-origins": ["https://c"],
+                "trusted-proxies": [ip_network("10.1.0.0/16"), ip_network("::1/128")],
                 "port": 8443,
                 "listen": ["tcp:1:interface=127.0.0.1", "unix:/s"],
                 "limits": Limits(body_rate=0, head_time=2.5, connections_per_address=7),
@@ -266,6 +278,10 @@ class OptionsTests(SynchronousTestCase):
             (["--limit", "head-time=inf"], "head-time is a number above 0"),
             (["--access-log-format", "xml"], "--access-log-format"),
             (["--max-size", "much"], "--max-size"),
+            (["--upload-lifetime", "1w"], "--upload-lifetime"),
+            (["--public-url", "up.example.org"], "--public-url"),
+            (["--allow-origin", "https://a/b"], "--allow-origin"),
+            (["--trusted-proxy", "10.1.2.3/16"], "--trusted-proxy"),
             (["--port", "0"], "--port"),
             (["--port", "65536"], "--port"),
             (["--port", "-1"], "--port"),
@@ -421,6 +437,15 @@ class ServiceTests(TestCase):
         self.assertEqual(self.open_beneath(), [])
         with self.assertRaises(ConnectionRefusedError):
             await deferToThread(self.ask, port, "GET", "/")
+
+    async def test_what_stays_is_no_garbage(self) -> None:
+        """While it serves, a collection of garbage looks at what it serves, and not at every module again."""
+        before = len(gc.get_objects())
+        self.assertEqual(gc.get_freeze_count(), 0)
+        made = await self.start("--listen", f"tcp:{free_port()}")
+        self.assertLess(len(gc.get_objects()), before / 10)
+        await made.stopService()
+        self.assertEqual(gc.get_freeze_count(), 0)
 
     async def test_stop_twice(self) -> None:
         made = await self.start("--listen", f"tcp:{free_port()}")

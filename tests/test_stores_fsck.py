@@ -14,6 +14,8 @@ import pytest
 from twisted.trial.unittest import SynchronousTestCase
 
 from lwstwisted import errors
+from lwstwisted.stores.local import LocalStore
+from lwstwisted.stores.resumable import LocalUpload
 from lwstwisted.stores.tree import DIGESTS_ATTRIBUTE
 from tests.contracts import put, refusal_of
 from tests.servers import PATIENCE, script, serving, twistd, unfinished_beneath, visible_beneath, wait_until
@@ -199,3 +201,80 @@ class RealTreeTests(LocalCase):
         (self.root / "file").chmod(0o600)
         (self.root / "file").write_bytes(b"Contents")
         self.assertEqual(fsck(self.root, "--verify")[0], 4)
+
+
+class ResumableTests(LocalCase):
+    """Uploads that wait to be continued."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.uploads = self.root / ".lwstwisted" / "uploads"
+
+    def command(self, *options: str) -> tuple[int, list[str]]:
+        """``lwstwisted sweep``."""
+        command = [script("lwstwisted"), "sweep", "--root", str(self.root), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        return done.returncode, (done.stdout + done.stderr).splitlines()
+
+    async def upload(self, store: LocalStore, lifetime: float, length: int | None = 9) -> LocalUpload:
+        upload = await store.begin_upload({"target": ["folder", "file\n"]}, length, lifetime)
+        await upload.commit(memoryview(b"12345"))
+        return upload
+
+    async def test_waiting(self) -> None:
+        """An upload that has not expired is as it should be; one that somebody holds is under way."""
+        store = self.make_store()
+        await (await self.upload(store, 1000)).release()
+        await self.upload(store, -1)
+        before = sorted(self.uploads.iterdir())
+        self.assertEqual(fsck(self.root, "--repair"), (0, []))
+        self.assertEqual(self.command(), (0, []))
+        self.assertEqual(sorted(self.uploads.iterdir()), before)
+
+    async def test_expired(self) -> None:
+        """What no service has swept is found, and removed when that is asked for, with lost and orphaned bytes."""
+        store = self.make_store()
+        young, expired, lost = [await self.upload(store, lifetime) for lifetime in (1000, -1, 1000)]
+        for upload in (young, expired, lost):
+            await upload.release()
+        (self.uploads / f"{lost.id}.data").unlink()
+        (self.uploads / f"{OWN}.data").write_bytes(b"nobody's")
+        for options in ((), ("--dry-run",)):
+            status, lines = fsck(self.root, *options)
+            self.assertEqual((status, len(lines)), (4, 3), lines)
+        self.assertEqual(len(list(self.uploads.iterdir())), 6)
+        status, lines = fsck(self.root, "--repair")
+        self.assertEqual((status, sum("(repaired)" in line for line in lines)), (1, 3), lines)
+        self.assertEqual(sorted(path.name for path in self.uploads.iterdir()), [young.id, f"{young.id}.data"])
+        self.assertEqual(fsck(self.root), (0, []))
+
+    async def test_not_ours(self) -> None:
+        """What nobody can understand is told, and left."""
+        self.make_store()
+        (self.uploads / OWN).write_bytes(b"?")
+        (self.uploads / "notes").write_bytes(b"mine")
+        status, lines = fsck(self.root, "--repair")
+        self.assertEqual((status, len(lines), len(list(self.uploads.iterdir()))), (4, 2, 2), lines)
+
+    async def test_sweep(self) -> None:
+        """It tells what it removes, or would, in one line each, whatever is in the name; their space is free again."""
+        store = self.make_store(quota=100)
+        young, known, unknown = [await self.upload(store, *what) for what in ((1000,), (-1,), (-1, None))]
+        for upload in (young, known, unknown):
+            await upload.release()
+        expected = sorted([f"{known.id} 5 9 'folder/file\\n'", f"{unknown.id} 5 ? 'folder/file\\n'"])
+        for _ in range(2):
+            status, lines = self.command("--dry-run")
+            self.assertEqual((status, sorted(lines)), (0, expected))
+        status, lines = self.command()
+        self.assertEqual((status, sorted(lines)), (0, expected))
+        self.assertEqual(await store.list_uploads(), [young.id])
+        self.assertEqual(self.command(), (0, []))
+        self.assertEqual(await refusal_of(store.create(("x",), 92)), errors.QUOTA_EXCEEDED)
+        await put(store, ("x",), bytes(91))
+
+    async def test_no_root(self) -> None:
+        """A folder that is no root is not made one."""
+        status, lines = self.command()
+        self.assertEqual((status, len(lines)), (1, 1))
+        self.assertIn("not the root of a store", lines[0])

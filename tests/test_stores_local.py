@@ -25,8 +25,10 @@ from twisted.trial.unittest import SkipTest, TestCase
 
 from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
-from lwstwisted.stores.local import FILE_MODE, LocalStore
+from lwstwisted.interfaces import Found
+from lwstwisted.stores.local import LocalStore
 from lwstwisted.stores.names import parse_name
+from lwstwisted.stores.placing import FILE_MODE
 from tests import servers
 from tests.contracts import EDGE, StoreContract, get, names_in, put, refusal_of, sample, together
 
@@ -229,6 +231,23 @@ class PartialTests(LocalCase):
         await store.stop()
         assert partials_of(self.root) == []
         assert open_beneath(self.root) == set()
+
+
+    async def test_put_there_by_hand(self) -> None:
+        """A file that somebody puts there between the check and the name is one that the check has to see."""
+        store, target = self.make_store(), self.root / "file"
+        is_ending = False
+
+        def only_new(found: Found | None) -> None:
+            if found is not None:
+                raise Refused(errors.PRECONDITION_FAILED)
+            if is_ending:
+                target.write_bytes(b"by hand")
+
+        partial = await store.create(("file",), None, only_new)
+        is_ending = True
+        assert await refusal_of(partial.commit(memoryview(b"uploaded"))) is errors.PRECONDITION_FAILED
+        assert target.read_bytes() == b"by hand"
 
 
 class StartTests(LocalCase):

@@ -44,7 +44,7 @@ def date(seconds: float) -> str:
 def outcome(found: Found | None, method: bytes = b"PUT", **fields: str) -> int:
     """The status that the conditions lead to; 200 where they are met."""
     try:
-        Conditions(request_with(method, **fields)).check(found)
+        Conditions.of(request_with(method, **fields)).check(found)
     except NotModified:
         return 304
     except Refused as refused:

@@ -11,8 +11,10 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,12 +47,12 @@ from lwstwisted.uploads.parts import (
 )
 from lwstwisted.uploads.transfer import BLOCK, HIGH
 from tests.contracts import EDGE, sample
-from tests.servers import PATIENCE, visible_beneath
+from tests.servers import PATIENCE, serving, twistd, visible_beneath, wait_until
 from tests.test_uploads_resource import KIB, MIB, FailingFile, SiteCase, everything
 from tests.test_uploads_transfer import HeldFile
 
 BOUNDARY = b"----Boundary7MA4YWxkTrZu0gW"
-STATE_FOLDERS = [".lwstwisted", ".lwstwisted/batches", ".lwstwisted/locks", ".lwstwisted/partial"]
+STATE_FOLDERS = [".lwstwisted", *(f".lwstwisted/{name}" for name in ("batches", "locks", "partial", "uploads"))]
 
 
 def part(data: bytes, filename: str | bytes | None = None, *lines: bytes) -> bytes:
@@ -556,7 +558,7 @@ class FlowTests(SynchronousTestCase):
 
 
 class FailingBatchStore(LocalStore):
-    """A store of which one call for a batch fails: a create, an append, a commit of a file or of the whole.
+    """A store of which one call for a batch fails: its reservation, a create, an append, a commit of a file or of all.
 
     :ivar fail_at: which, counted from 0.
     """
@@ -578,6 +580,10 @@ class FailingBatch:
     def __init__(self, batch: Batch, store: FailingBatchStore) -> None:
         self._batch = batch
         self._store = store
+
+    async def reserve(self, length: int) -> None:
+        self._store.count()
+        await self._batch.reserve(length)  # type: ignore[attr-defined]
 
     async def create(self, *options: Any) -> Any:
         self._store.count()
@@ -795,8 +801,8 @@ class Posting:
             self.assertTrue(answer.startswith(b"HTTP/1.1 507 "), answer)
             await self.until(lambda: self.descriptors() <= open_before, "all descriptors were closed")
             self.assertEqual(everything(self.root), before)
-        # Three creates and commits, the appends of the first, and the commit of the batch.
-        self.assertGreater(store.fail_at, 7 + 4)
+        # The reservation, three creates and commits, the appends of the first, and the commit of the batch.
+        self.assertGreater(store.fail_at, 8 + 4)
         self.assertTrue(
             self.visible() == {"folder/a": sample(50_001), "folder/b": b"", "folder/c": b"x" * 5000}
         )
@@ -828,6 +834,7 @@ class Posting:
         """Wherever a client stops in the middle of its form, nothing is left."""
         before = everything(self.root)
         await self.ask("GET", "/files/")
+        await self.until_lost(self.came)  # else our end of that connection counts as open before
         open_before = self.descriptors()
         body = form_of(part(sample(3 * MIB), "a"), part(b"x", "b"), part(sample(MIB), "c"))
         head = b"POST /files/folder/ HTTP/1.1\r\nHost: x\r\nContent-Type: %b\r\n" % CONTENT_TYPE.encode()
@@ -896,6 +903,104 @@ class StreamingFormTests(Posting, SiteCase):
         contents = {path.read_bytes() for path in (self.root / "many").iterdir()}
         self.assertEqual((len(contents), len(list((self.root / "many").iterdir()))), (1, PARTS))
         self.assertEqual([name for name in everything(self.root) if name.startswith(".")], STATE_FOLDERS)
+
+
+class SpaceTests(SynchronousTestCase):
+    """A form has its space when its body is accepted, or is refused before. Each is a real service."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="lwstwisted-")
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.root = self.folder / "root"
+
+    def start(self, *options: str) -> int:
+        """A service; gives its port."""
+        command = twistd("--root", self.root, "--listen", "tcp:0:interface=127.0.0.1", *options)
+        return self.enterContext(serving(command, cwd=self.folder)).wait_for_ports()[0]
+
+    def announce(self, port: int, size: int | None) -> socket.socket:
+        """Begin a form, and ask whether it is wanted.
+
+        :param size: announced bytes; None for a chunked form.
+        """
+        client = self.enterContext(socket.create_connection(("127.0.0.1", port), PATIENCE))
+        length = "Transfer-Encoding: chunked" if size is None else f"Content-Length: {size}"
+        head = ["POST /files/ HTTP/1.1", "Host: a", f"Content-Type: {CONTENT_TYPE}", length, "Expect: 100-continue"]
+        client.sendall("\r\n".join([*head, "", ""]).encode())
+        return client
+
+    def told(self, client: socket.socket) -> bytes:
+        """The first answer to a request."""
+        with client.makefile("rb") as reader:
+            lines = list(iter(reader.readline, b"\r\n"))
+            length = [int(line.split(b":")[1]) for line in lines if line.lower().startswith(b"content-length:")]
+            return b"".join([*lines, b"\r\n", reader.read(sum(length))])
+
+    def assert_told(self, client: socket.socket, refusal: Refusal) -> None:
+        """A form is refused, and wasn't asked for its body."""
+        said = self.told(client)
+        self.assertEqual(said[:13], b"HTTP/1.1 %d " % refusal.status)
+        self.assertIn(refusal.sentence.encode(), said)
+
+    def assert_wanted(self, client: socket.socket) -> None:
+        self.assertEqual(self.told(client), b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def finish(self, client: socket.socket, body: bytes) -> int:
+        """Send a form and wait for the answer; gives its status."""
+        client.sendall(body)
+        return int(client.recv(65536).split()[1])
+
+    def test_disk(self) -> None:
+        """Larger than what is free on the disk: 507 instead of 100; a form that fits is stored."""
+        port = self.start()
+        free = os.statvfs(self.root)
+        self.assert_told(self.announce(port, 2 * free.f_bavail * free.f_frsize), errors.DISK_FULL)
+        body = form_of(part(b"x", "a"))
+        client = self.announce(port, len(body))
+        self.assert_wanted(client)
+        self.assertEqual(self.finish(client, body), 201)
+
+    def test_quota(self) -> None:
+        """Larger than the quota: 413. Larger than what is left of it: 507. Both before the body."""
+        port = self.start("--quota", "100K")
+        self.assert_told(self.announce(port, 100 * KIB + 1), errors.BODY_TOO_LARGE)
+        body = form_of(part(bytes(20 * KIB), "a"), part(b"a field"), part(bytes(30 * KIB), "b"))
+        first = self.announce(port, len(body))
+        self.assert_wanted(first)
+        self.assert_told(self.announce(port, len(body)), errors.QUOTA_EXCEEDED)
+        self.assertEqual(self.finish(first, body), 201)
+        # What the form had beside its files is there again: to the byte.
+        self.assert_told(self.announce(port, 50 * KIB + 1), errors.QUOTA_EXCEEDED)
+        second = self.announce(port, 50 * KIB)
+        self.assert_wanted(second)
+        self.assert_told(self.announce(port, 1), errors.QUOTA_EXCEEDED)
+        # A client that leaves gives back.
+        second.close()
+        wait_until(lambda: self.told(self.announce(port, 50 * KIB))[:12] == b"HTTP/1.1 100", "the space came back")
+
+    def test_refused_in_the_middle(self) -> None:
+        """A form that fails, or that has no file, gives back all that it had."""
+        port = self.start("--quota", "10K")
+        for body, status in (
+            (form_of(part(bytes(9 * KIB))), 400),
+            (form_of(part(bytes(4 * KIB), "a"), part(bytes(4 * KIB), "a")), 400),
+            (form_of(part(bytes(8 * KIB), "a"), part(b"x", "..")), 400),
+            (form_of(part(bytes(9 * KIB), "a")), 201),
+        ):
+            client = self.announce(port, len(body))
+            self.assert_wanted(client)
+            self.assertEqual(self.finish(client, body), status, body[-100:])
+
+    def test_chunked(self) -> None:
+        """A form that doesn't say how long it is asks for its files as they come."""
+        port = self.start("--quota", "10K")
+        body = form_of(part(bytes(8 * KIB), "a"), part(bytes(2 * KIB), "b"))
+        for extra, status in ((1, 507), (0, 201)):
+            sent = body.replace(b'"b"\r\n\r\n', b'"b"\r\n\r\n' + extra * b"x")
+            client = self.announce(port, None)
+            self.assert_wanted(client)
+            self.assertEqual(self.finish(client, b"%x\r\n%b\r\n0\r\n\r\n" % (len(sent), sent)), status)
 
 
 class StockFormTests(Posting, SiteCase):

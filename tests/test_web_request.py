@@ -20,7 +20,7 @@ from twisted.web.server import Request
 from lwstwisted.errors import BODY_TOO_LARGE, Refused
 from lwstwisted.interfaces import IRequestBody
 from lwstwisted.web.accesslog import combined_log, json_log
-from lwstwisted.web.request import EARLY_HINTS, StreamingRequest
+from lwstwisted.web.request import StreamingRequest
 from lwstwisted.web.site import StreamingSite
 from tests.test_web_channel import CONTINUE, Sink, Streaming, Talk, answers, get, ok, put
 from tests.test_web_wire import head
@@ -29,7 +29,7 @@ HINT = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n"
 
 
 def hint(request: Any) -> None:
-    request.send_interim(EARLY_HINTS, Headers({b"Link": [b"</style.css>; rel=preload"]}))
+    request.send_interim(103, Headers({b"Link": [b"</style.css>; rel=preload"]}))
 
 
 class InterimTests(SynchronousTestCase):
@@ -60,7 +60,7 @@ class InterimTests(SynchronousTestCase):
 
         talk = Talk(receive)
         talk.send(get())
-        self.assertTrue(talk.raw.startswith(b"HTTP/1.1 104 Interim\r\n\r\nHTTP/1.1 200 "))
+        self.assertTrue(talk.raw.startswith(b"HTTP/1.1 104 Upload Resumption Supported\r\n\r\nHTTP/1.1 200 "))
 
     def test_with_100_continue(self) -> None:
         """The client that waits for 100 gets it when the body is accepted, behind the others."""
@@ -124,7 +124,7 @@ class InterimTests(SynchronousTestCase):
         """A field value with a line end in it can't begin a response of its own."""
 
         async def receive(request: Any, body: IRequestBody) -> None:
-            request.send_interim(EARLY_HINTS, Headers({b"Link": [b"a\r\n\r\nHTTP/1.1 200 Evil"]}))
+            request.send_interim(103, Headers({b"Link": [b"a\r\n\r\nHTTP/1.1 200 Evil"]}))
             ok(request)
 
         talk = Talk(receive)

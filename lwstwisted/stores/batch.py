@@ -91,6 +91,7 @@ class BatchFolder:
     """The files of one batch on their way to their names. Every method blocks; one thread at a time is let in.
 
     :param tree: where the names will be.
+    :ivar space: what was reserved for files to come, and what those have that are here.
     """
 
     _log = Logger()
@@ -101,13 +102,21 @@ class BatchFolder:
         self._descriptor = -1
         self._targets: list[Segments] = []
         self._checks: list[Check] = []
-        self._reservations: list[Reservation] = []
+        self.space = Reservation(tree.space)
         self._entered = Lock()
 
     @property
     def is_open(self) -> bool:
-        """Whether there is anything to commit or to remove."""
-        return self._descriptor >= 0
+        """Whether there is anything to commit, to remove or to give back."""
+        return self._descriptor >= 0 or not self.space.is_empty
+
+    def reserve(self, length: int) -> None:
+        """Have space for files of so many bytes together.
+
+        :raises Refused: if there isn't.
+        """
+        with self._entered:
+            self.space.take(length)
 
     def open(self) -> None:
         """Make the folder, unless that is done."""
@@ -155,7 +164,7 @@ class BatchFolder:
             link(self._descriptor, _numbered(len(self._targets)))
             self._targets.append(target)
             self._checks.append(check)
-            self._reservations.append(reservation)
+            reservation.hand_over(self.space)
 
     def commit(self) -> list[bool]:
         """Give all files their names.
@@ -182,14 +191,14 @@ class BatchFolder:
         try:
             for folder, numbers in self._by_folder().items():
                 self._place(folder, numbers, are_new)
+            self.space.settle()
             self._remove_journal()
         except BaseException:
             with suppress(OSError):
                 self._require_journal(made)
             self._undo(made)
             raise
-        for reservation in self._reservations:
-            reservation.keep()
+        self.space.keep()
         self._tree.space.count(-sum(found.size for found in replaced if found is not None))
         return are_new
 
@@ -346,8 +355,7 @@ class BatchFolder:
 
     def _close(self) -> None:
         """Remove the folder, unless its journal is still needed. A failure here is for the log."""
-        for reservation in self._reservations:
-            reservation.give_back()
+        self.space.give_back()
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor < 0:
             return

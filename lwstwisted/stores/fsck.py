@@ -13,14 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lwstwisted.errors import Refused
+from lwstwisted.interfaces import UploadState
+from lwstwisted.stores import waiting
 from lwstwisted.stores.batch import BatchFolder
 from lwstwisted.stores.hashing import RunningDigests
 from lwstwisted.stores.names import STATE_FOLDER, parse_name
-from lwstwisted.stores.tree import BATCH_FOLDER, OWN_NAME, PARTIAL_FOLDER, Segments, Tree, kept_digests
+from lwstwisted.stores.space import Space
+from lwstwisted.stores.tree import (
+    BATCH_FOLDER,
+    OWN_NAME,
+    PARTIAL_FOLDER,
+    UPLOAD_FOLDER,
+    Segments,
+    Tree,
+    kept_digests,
+)
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _READ = 1024 * 1024
 _KEPT = {"sha256", "sha512"}
+_NO_QUOTA = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +57,73 @@ def examine(root: Path, *, repair: bool, verify: bool) -> Iterator[Finding]:
     :param verify: read every file that has a digest.
     :raises OSError: if the root can't be read, or is none.
     """
-    if not (root / STATE_FOLDER).is_dir():
-        raise FileNotFoundError(f"{root} is not the root of a store: it has no {STATE_FOLDER}")
-    tree = Tree(root, "full", use_tmpfile=False, sweep=False)
+    tree = _opened(root)
     try:
         yield from _leftovers(tree, PARTIAL_FOLDER, "an unfinished upload that nobody holds", repair)
         yield from _leftovers(tree, BATCH_FOLDER, "an interrupted form that nobody holds", repair)
+        yield from _uploads(tree, repair)
         yield from _names(tree)
         if verify:
             yield from _digests(tree)
     finally:
         tree.close()
+
+
+def sweep(root: Path, *, dry_run: bool) -> Iterator[tuple[str, UploadState]]:
+    """Remove the resumable uploads that have expired, as a service does all the time, and tell which they are.
+
+    :param dry_run: remove nothing.
+    :raises OSError: if the root can't be read, or is none.
+    """
+    tree = _opened(root)
+    try:
+        for id, state in list(waiting.expired(tree)):
+            if dry_run or waiting.sweep_one(tree, id):
+                yield id.decode(), state
+        if not dry_run:
+            waiting.sweep(tree)
+    finally:
+        tree.close()
+
+
+def _opened(root: Path) -> Tree:
+    if not (root / STATE_FOLDER).is_dir():
+        raise FileNotFoundError(f"{root} is not the root of a store: it has no {STATE_FOLDER}")
+    tree = Tree(root, "full", use_tmpfile=False, sweep=False)
+    try:
+        if (root / STATE_FOLDER / "usage").exists():  # somebody has a quota, and what is removed here counts no more
+            usage = tree.usage(lambda: tree.count_bytes() + waiting.space_taken(tree), _NO_QUOTA)
+            tree.space = Space(tree.partial, 0, usage)
+    except BaseException:
+        tree.close()
+        raise
+    return tree
+
+
+def _uploads(tree: Tree, repair: bool) -> Iterator[Finding]:
+    """What a service that runs would sweep, and what none would. An upload that has not expired is as it should be."""
+    expired = {id for id, _ in waiting.expired(tree)}
+    orphans = waiting.orphans(tree)
+    with tree.folder(UPLOAD_FOLDER) as folder:
+        for name in sorted(map(os.fsencode, os.listdir(folder))):
+            where = os.fsdecode(b"/".join([*UPLOAD_FOLDER, name]))
+            problem = ""
+            if name in orphans:
+                problem = "bytes of a resumable upload without its record"
+                if repair:
+                    waiting.sweep_orphan(tree, name)
+            elif name in expired and not waiting.is_held(tree, name):
+                problem = "a resumable upload that has expired, or whose bytes are lost"
+                if repair:
+                    waiting.sweep_one(tree, name)
+            elif OWN_NAME.fullmatch(name):
+                if not waiting.is_readable(tree, name):
+                    problem = "the record of a resumable upload that says nothing; it is never touched"
+            elif not OWN_NAME.fullmatch(name.removesuffix(b".data")):
+                problem = "not the store's own; it is never touched"
+            if problem:
+                is_there = os.path.lexists(f"/proc/self/fd/{folder}/{os.fsdecode(name)}")
+                yield Finding(where, problem, repair and not is_there)
 
 
 def _leftovers(tree: Tree, path: Segments, problem: str, repair: bool) -> Iterator[Finding]:

@@ -50,30 +50,28 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import TypeVar, cast
+from typing import Any, cast
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorCore, IReactorFromThreads
-from twisted.internet.threads import deferToThreadPool
-from twisted.logger import Logger
-from twisted.python.failure import Failure
-from twisted.python.threadpool import ThreadPool
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name, anything
+from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name, UploadState, anything
+from lwstwisted.stores import waiting
 from lwstwisted.stores.batch import BatchFolder, recover_batches
 from lwstwisted.stores.hashing import RunningDigests
+from lwstwisted.stores.placing import OpenPartial, finish_file
+from lwstwisted.stores.resumable import LocalUpload, UploadFile
 from lwstwisted.stores.space import Reservation, Space
-from lwstwisted.stores.tree import ATTEMPTS, NO_SPACE, Durability, Segments, Tree, encoded, found_of, keep_digests
+from lwstwisted.stores.threads import Threads
+from lwstwisted.stores.tree import Durability, Segments, Tree, encoded
 
 __all__ = ["WRITER_THREADS", "Durability", "LocalBatch", "LocalPartial", "LocalStore"]
-
-T = TypeVar("T")
 
 READER_THREADS = 4
 """Further threads, for what only looks: a listing doesn't wait for the uploads of a slow disk."""
@@ -82,103 +80,6 @@ WRITER_THREADS = 8
 """Threads of a store: they wait more than they work, and a journal syncs several files at once. Commits of
 4 KiB files per second with 1, 2, 4, 8, 16, 32 threads on two cores and a quick disk: 1680, 2280, 2880, 2620,
 2660, 2020. A slow disk gains from more than 4."""
-
-FILE_MODE = 0o644
-"""Mode of a finished file, whatever the umask: others (a web server, a backup) may read, none may write."""
-
-NOT_KEPT = {"md5"}
-"""Digests that are checked, and too weak to be given to others."""
-
-_ANSWERS = {
-    **dict.fromkeys(NO_SPACE, errors.DISK_FULL),
-    errno.ENOTDIR: errors.NOT_A_FOLDER,
-    errno.ELOOP: errors.NOT_A_FILE,
-    # Some file systems (eCryptfs) take less than NAME_MAX.
-    errno.ENAMETOOLONG: errors.NAME_TOO_LONG,
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), errors.TOO_MANY_FILES),
-}
-"""What an OSError tells the client; any other one is ``STORE_FAILED``."""
-
-
-class _Threads:
-    """Runs blocking calls beside the reactor, maps their errors, and knows when none is left."""
-
-    _log = Logger()
-
-    def __init__(self, reactor: IReactorFromThreads, threads: int) -> None:
-        self.stopping = False
-        self._reactor = reactor
-        self._pool = ThreadPool(minthreads=0, maxthreads=threads, name="lwstwisted-store")
-        self._pool.start()
-        self._under_way = 0
-        self._idle: list[Deferred[None]] = []
-
-    async def run(
-        self, work: Callable[..., T], *args: object, undo: Callable[[T], object] | None = None
-    ) -> T:
-        """Call ``work`` in a thread, unless the store is stopping.
-
-        :param undo: gets the result when nobody waits for it any more.
-        """
-        if self.stopping:
-            raise Refused(errors.STOPPING)
-        return await self.finish(work, *args, undo=undo)
-
-    async def finish(
-        self, work: Callable[..., T], *args: object, undo: Callable[[T], object] | None = None
-    ) -> T:
-        """The same while the store is stopping."""
-        result, cancelled = await self._outcome(deferToThreadPool(self._reactor, self._pool, work, *args))
-        if isinstance(result, Failure):
-            if isinstance(result.value, OSError):
-                raise self._told(work, result.value) from result.value
-            result.raiseException()
-        if cancelled is not None:
-            if undo is not None:
-                undo(result)
-            raise cancelled
-        return result
-
-    async def _outcome(self, job: Deferred[T]) -> tuple[T | Failure, CancelledError | None]:
-        """Wait for a thread, although the caller is cancelled: the thread has its memory and descriptor."""
-        outcome: list[T | Failure] = []
-        waiter: Deferred[None] = Deferred()
-
-        def finished(result: T | Failure) -> None:
-            outcome.append(result)
-            waiter.callback(None)
-            # Only now, so that who waits for an idle store sees what the caller did with the result.
-            self._under_way -= 1
-            while self._idle and not self._under_way:
-                self._idle.pop().callback(None)
-
-        self._under_way += 1
-        job.addBoth(finished)
-        cancelled = None
-        while not outcome:
-            try:
-                await waiter
-            except CancelledError as error:
-                cancelled = error
-                waiter = Deferred()
-        return outcome[0], cancelled
-
-    def _told(self, work: Callable[..., object], error: OSError) -> Refused:
-        refusal = _ANSWERS.get(error.errno or 0, errors.STORE_FAILED)
-        if refusal.status in (500, 507):  # else it is nothing that an operator can mend
-            self._log.error("store: {work} failed: {error}", work=work.__name__, error=error)
-        return Refused(refusal)
-
-    async def idle(self) -> None:
-        """Wait until no call is under way."""
-        while self._under_way:
-            self._idle.append(Deferred())
-            await self._idle[-1]
-
-    def stop(self) -> None:
-        """End the threads, which are idle: this doesn't block."""
-        if self._pool.started:
-            self._pool.stop()
 
 
 class _Draft:
@@ -192,12 +93,9 @@ class _Draft:
         self._check = check
         self._digests = digests
         self._running = RunningDigests(digests)
-        self._descriptor = -1
-        self._name: bytes | None = None
+        self._file: OpenPartial | None = None
         self._offset = 0
         self._reservation: Reservation | None = None
-        self._is_named = False
-        self._replaced = 0
         # A descriptor number that was closed may be another upload's by the next write.
         self._entered = Lock()
 
@@ -205,19 +103,19 @@ class _Draft:
         self._tree.check_target(self._path, self._check)
         self._reservation = Reservation(self._tree.space, length)
 
-    def _open(self) -> None:
+    def _open(self) -> OpenPartial:
         if self.is_over:
             raise OSError(errno.EBADF, "the file was given up")
-        if self._descriptor < 0:
-            self._descriptor, self._name = self._tree.open_partial()
+        if self._file is None:
+            self._file = OpenPartial(self._tree, *self._tree.open_partial())
             if self._reservation is not None:
-                self._reservation.allocate(self._descriptor)
+                self._reservation.allocate(self._file.descriptor)
+        return self._file
 
     def append(self, data: memoryview) -> None:
         with self._entered:
             try:
-                self._open()
-                self._write(data)
+                self._write(self._open().descriptor, data)
             except BaseException:
                 self._close()
                 raise
@@ -225,12 +123,11 @@ class _Draft:
     def commit(self, data: memoryview) -> bool:
         with self._entered:
             try:
-                self._open()
-                self._write(data)
-                self._check_digests()
-                os.fchmod(self._descriptor, FILE_MODE)
-                self._tree.sync_file(self._descriptor)
-                self.etag = found_of(os.fstat(self._descriptor)).etag
+                descriptor = self._open().descriptor
+                self._write(descriptor, data)
+                if self._running.wrong():
+                    raise Refused(errors.DIGEST_MISMATCH)
+                self.etag = finish_file(self._tree, descriptor, self._digests)
                 return self._publish()
             finally:
                 self._close()
@@ -241,92 +138,30 @@ class _Draft:
 
     def _close(self) -> None:
         self.is_over = True
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            self._tree.close_partial(descriptor, self._name)
+        file, self._file = self._file, None
         reservation, self._reservation = self._reservation, None
+        if file is not None:
+            file.close()
         if reservation is not None:
-            if self._is_named:
+            if file is not None and file.is_named:
                 reservation.keep()
-                self._tree.space.count(-self._replaced)
+                self._tree.space.count(-file.replaced)
             reservation.give_back()
 
-    def _write(self, data: memoryview) -> None:
+    def _write(self, descriptor: int, data: memoryview) -> None:
         assert self._reservation is not None
         self._reservation.before_write(len(data))
         while data:
-            written = os.pwrite(self._descriptor, data, self._offset)
+            written = os.pwrite(descriptor, data, self._offset)
             self._offset += written
             self._reservation.written(written)
             self._running.update(data[:written])
             data = data[written:]
 
-    def _check_digests(self) -> None:
-        if self._running.wrong():
-            raise Refused(errors.DIGEST_MISMATCH)
-        kept = {name: digest for name, digest in self._digests.items() if name not in NOT_KEPT}
-        if kept:
-            keep_digests(self._descriptor, kept)
-
     def _publish(self) -> bool:
-        made: list[Segments] = []
-        try:
-            for _ in range(ATTEMPTS):
-                # A race was lost: a folder removed, the old file deleted or turned into a folder.
-                race = suppress(FileNotFoundError, FileExistsError, IsADirectoryError)
-                with race, self._tree.folder(self._path[:-1], made) as folder:
-                    return self._place(folder, self._path[-1])
-            raise OSError(errno.EBUSY, "others keep changing the name")
-        except BaseException:
-            self._tree.unmake(made)
-            raise
-
-    def _place(self, folder: int, last: bytes) -> bool:
-        is_new = self._link(folder, last)
-        try:
-            self._tree.sync_folder(folder)
-        except OSError:
-            if is_new:
-                self._withdraw(folder, last)
-            raise
-        return is_new
-
-    def _link(self, folder: int, last: bytes) -> bool:
-        with self._tree.naming([self._path]):
-            if self._check is not anything:
-                found = None
-                with suppress(FileNotFoundError):
-                    found = self._tree.look(folder, last)
-                self._check(found)
-            return self._link_unchecked(folder, last)
-
-    def _link_unchecked(self, folder: int, last: bytes) -> bool:
-        try:
-            self._link_new(folder, last)
-            self._is_named = True
-            return True
-        except FileExistsError:
-            old = os.lstat(last, dir_fd=folder)
-            self._tree.require_file(old)
-        if self._name is None:
-            self._name = self._tree.link_partial(self._descriptor)
-        os.rename(self._name, last, src_dir_fd=self._tree.partial, dst_dir_fd=folder)
-        self._name = None
-        self._is_named, self._replaced = True, old.st_size
-        return False
-
-    def _link_new(self, folder: int, last: bytes) -> None:
-        if self._name is None:
-            self._tree.link(self._descriptor, last, folder)
-        else:
-            os.link(self._name, last, src_dir_fd=self._tree.partial, dst_dir_fd=folder)
-
-    def _withdraw(self, folder: int, last: bytes) -> None:
-        """Take the name back, unless it is another upload's by now."""
-        with suppress(OSError):
-            if os.path.samestat(os.lstat(last, dir_fd=folder), os.fstat(self._descriptor)):
-                os.unlink(last, dir_fd=folder)
-                self._is_named = False
+        assert self._file is not None and self._reservation is not None
+        self._reservation.settle()
+        return self._file.publish(self._path, self._check)
 
 
 class _BatchDraft(_Draft):
@@ -338,14 +173,18 @@ class _BatchDraft(_Draft):
         super().__init__(tree, path, check, digests)
         self._batch = batch
 
-    def _open(self) -> None:
+    def begin(self, length: int | None) -> None:
+        self._tree.check_target(self._path, self._check)
+        self._reservation = Reservation(self._tree.space, length, self._batch.space)
+
+    def _open(self) -> OpenPartial:
         if not self.is_over:
             self._batch.open()
-        super()._open()
+        return super()._open()
 
     def _publish(self) -> bool:
-        assert self._reservation is not None
-        self._batch.keep(self._path, self._check, self._link_new, self._reservation)
+        assert self._file is not None and self._reservation is not None
+        self._batch.keep(self._path, self._check, self._file.link_new, self._reservation)
         self._reservation = None
         return True
 
@@ -356,7 +195,7 @@ class LocalPartial:
     :param siblings: the unfinished files of the store, which it leaves when it's finished.
     """
 
-    def __init__(self, draft: _Draft, threads: _Threads, siblings: set[LocalPartial]) -> None:
+    def __init__(self, draft: _Draft, threads: Threads, siblings: set[LocalPartial]) -> None:
         self._draft = draft
         self._threads = threads
         self._siblings = siblings
@@ -396,13 +235,21 @@ class LocalBatch:
     """
 
     def __init__(
-        self, tree: Tree, threads: _Threads, partials: set[LocalPartial], siblings: set[LocalBatch]
+        self, tree: Tree, threads: Threads, partials: set[LocalPartial], siblings: set[LocalBatch]
     ) -> None:
         self._tree = tree
         self._threads = threads
         self._partials = partials
         self._siblings = siblings
         self._folder = BatchFolder(tree)
+
+    async def reserve(self, length: int) -> None:
+        """Have space for files of so many bytes together; what they don't need is given back at the end of the batch.
+
+        :raises Refused: ``DISK_FULL``, ``QUOTA_EXCEEDED``, ``BODY_TOO_LARGE``, ``STORE_FAILED``, ``STOPPING``.
+        """
+        self._siblings.add(self)
+        await self._threads.run(self._folder.reserve, length)
 
     async def create(
         self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
@@ -430,7 +277,7 @@ class LocalBatch:
             self._siblings.discard(self)
 
 
-async def _begin(draft: _Draft, length: int | None, threads: _Threads, partials: set[LocalPartial]) -> LocalPartial:
+async def _begin(draft: _Draft, length: int | None, threads: Threads, partials: set[LocalPartial]) -> LocalPartial:
     partial = LocalPartial(draft, threads, partials)
     await threads.run(draft.begin, length, undo=lambda _: draft.close())
     partials.add(partial)
@@ -469,18 +316,22 @@ class LocalStore:
         self._tree = Tree(Path(root).absolute(), durability, use_tmpfile)
         try:
             recover_batches(self._tree)
-            usage = None if quota is None else self._tree.usage(quota)
+            usage = None if quota is None else self._tree.usage(self._count_bytes, quota)
             self._tree.space = Space(self._tree.partial, minimum_free, usage)
         except BaseException:
             self._tree.close()
             raise
-        self._threads = _Threads(cast(IReactorFromThreads, reactor), threads)
-        self._readers = _Threads(cast(IReactorFromThreads, reactor), READER_THREADS)
+        self._threads = Threads(cast(IReactorFromThreads, reactor), threads)
+        self._readers = Threads(cast(IReactorFromThreads, reactor), READER_THREADS)
         self._partials: set[LocalPartial] = set()
         self._batches: set[LocalBatch] = set()
+        self._uploads: set[LocalUpload] = set()
         # A process whose threads go on doesn't end.
         self._core = IReactorCore(reactor, None)
         self._at_shutdown = self._core and self._core.addSystemEventTrigger("before", "shutdown", self._shut_down)
+
+    def _count_bytes(self) -> int:
+        return self._tree.count_bytes() + waiting.space_taken(self._tree)
 
     def _shut_down(self) -> Deferred[None]:
         self._at_shutdown = None
@@ -525,6 +376,48 @@ class LocalStore:
         """Remove a finished file. See :class:`~lwstwisted.interfaces.Store`."""
         await self._threads.run(self._tree.delete, encoded(name), check)
 
+    async def begin_upload(
+        self,
+        record: Mapping[str, Any],
+        length: int | None,
+        lifetime: float,
+        name: Name | None = None,
+        check: Check = anything,
+    ) -> LocalUpload:
+        """Begin an upload. See :class:`~lwstwisted.interfaces.ResumableStore`."""
+        path = None if name is None else encoded(name)
+
+        def undo(file: UploadFile) -> None:
+            with suppress(OSError):
+                file.remove()  # nobody will ever hear of its id
+            file.close()
+
+        work = UploadFile.begin
+        file = await self._threads.run(work, self._tree, record, length, lifetime, path, check, undo=undo)
+        return LocalUpload(file, self._threads, self._uploads)
+
+    async def open_upload(self, id: str) -> LocalUpload | None:
+        """Hold an upload. See :class:`~lwstwisted.interfaces.ResumableStore`."""
+
+        def close(file: UploadFile | None) -> None:
+            if file is not None:
+                file.close()
+
+        file = await self._threads.run(UploadFile.open, self._tree, id.encode(errors="replace"), undo=close)
+        return None if file is None else LocalUpload(file, self._threads, self._uploads)
+
+    async def look_at_upload(self, id: str) -> UploadState:
+        """Look at an upload. See :class:`~lwstwisted.interfaces.ResumableStore`."""
+        return await self._readers.run(waiting.look, self._tree, id.encode(errors="replace"))
+
+    async def list_uploads(self) -> list[str]:
+        """The ids of all uploads. See :class:`~lwstwisted.interfaces.ResumableStore`."""
+        return [id.decode() for id in await self._readers.run(waiting.ids, self._tree)]
+
+    async def sweep_uploads(self) -> int:
+        """Remove the uploads that have expired. See :class:`~lwstwisted.interfaces.ResumableStore`."""
+        return await self._readers.run(waiting.sweep, self._tree)
+
     async def stop(self) -> None:
         """Refuse new calls, wait for those under way, drop unfinished files, end the threads.
 
@@ -540,6 +433,8 @@ class LocalStore:
             await partial.discard()
         for batch in list(self._batches):
             await batch.discard()
+        for upload in list(self._uploads):
+            await upload.release()
         self._readers.stop()
         self._threads.stop()
         self._tree.close()

@@ -59,6 +59,9 @@ PARTIAL_FOLDER = (STATE_FOLDER.encode(), b"partial")
 BATCH_FOLDER = (STATE_FOLDER.encode(), b"batches")
 """Where batches are (``batch.py``)."""
 
+UPLOAD_FOLDER = (STATE_FOLDER.encode(), b"uploads")
+"""Where uploads are that may be resumed (``resumable.py``)."""
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """What a file system says when it is full, or the user's share of it."""
 
@@ -154,7 +157,7 @@ class Tree:
                 os.close(parent)
 
     def _open_state(self) -> None:
-        for path in (PARTIAL_FOLDER, BATCH_FOLDER):
+        for path in (PARTIAL_FOLDER, BATCH_FOLDER, UPLOAD_FOLDER):
             for depth, segment in enumerate(path):
                 with self.folder(path[:depth]) as folder:
                     self._make(folder, segment, STATE_MODE)
@@ -319,12 +322,13 @@ class Tree:
 
     # Space.
 
-    def usage(self, quota: int) -> Usage:
-        """The count of what all finished files take, for a quota."""
+    def usage(self, count: Callable[[], int], quota: int) -> Usage:
+        """The count of what all files take, for a quota."""
         with self.folder(PARTIAL_FOLDER[:1]) as state:
-            return Usage(state, self._count_bytes, quota)
+            return Usage(state, count, quota)
 
-    def _count_bytes(self) -> int:
+    def count_bytes(self) -> int:
+        """What all finished files take."""
         return sum(status.st_size for _, status, _ in self.walk() if stat.S_ISREG(status.st_mode))
 
     def walk(self) -> Iterator[tuple[Segments, os.stat_result, int]]:

@@ -7,9 +7,10 @@ which a name changes hands, from a thread of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from types import MappingProxyType
 from typing import NoReturn
 
 from twisted.web.server import Request
@@ -23,6 +24,7 @@ _RANGE = re.compile(rb"[ \t]*(?:([0-9]{1,99})-([0-9]{0,99})|-([0-9]{1,99}))[ \t]
 _RANGES = 100
 """Ranges of one request; who asks for more gets the whole file, which is less than they may add up to."""
 _READS = (b"GET", b"HEAD")
+_FIELDS = (b"if-match", b"if-none-match", b"if-unmodified-since", b"if-modified-since")
 
 
 class NotModified(Exception):
@@ -32,18 +34,28 @@ class NotModified(Exception):
 class Conditions:
     """The conditions of one request.
 
-    :param request: only its method and its fields are looked at.
+    :param fields: its conditional fields, by their names in lower case.
+    :param is_read: whether it is a GET or HEAD, which may be answered by 304.
     :raises Refused: ``BAD_CONDITION`` for a field that means nothing: a client that sends one relies on it.
+    :ivar fields: those that are there.
     """
 
-    def __init__(self, request: Request) -> None:
-        self._is_read = request.method in _READS
-        self._match = _entity_tags(request, b"if-match")
-        self._none_match = _entity_tags(request, b"if-none-match")
-        self._unmodified_since = None if self._match is not None else _date(request, b"if-unmodified-since")
+    def __init__(self, fields: Mapping[str, str] = MappingProxyType({}), is_read: bool = False) -> None:
+        self.fields = fields
+        self._is_read = is_read
+        self._match = _entity_tags(fields.get("if-match"))
+        self._none_match = _entity_tags(fields.get("if-none-match"))
+        self._unmodified_since = None if self._match is not None else _date(fields.get("if-unmodified-since"))
         self._modified_since = None
-        if self._is_read and self._none_match is None:
-            self._modified_since = _date(request, b"if-modified-since")
+        if is_read and self._none_match is None:
+            self._modified_since = _date(fields.get("if-modified-since"))
+
+    @classmethod
+    def of(cls, request: Request) -> Conditions:
+        """The conditions of ``request``."""
+        said = ((name, request.requestHeaders.getRawHeaders(name)) for name in _FIELDS)
+        fields = {name.decode(): b",".join(values).decode("latin-1") for name, values in said if values is not None}
+        return cls(fields, request.method in _READS)
 
     def check(self, found: Found | None) -> None:
         """Compare, in the order of RFC 9110 section 13.2.2.
@@ -74,7 +86,7 @@ def is_range_wanted(request: Request, found: Found) -> bool:
         return True
     if value.strip().startswith((b'"', b"W/")):
         return value.strip() == found.etag.encode()
-    return _seconds(value) == int(found.modified)
+    return _date(value.decode("latin-1")) == int(found.modified)
 
 
 def satisfiable_range(value: bytes, size: int) -> bytes | None:
@@ -107,15 +119,13 @@ def _matches(tags: list[tuple[bool, bytes]], found: Found | None, is_strong: boo
     return any(value == b"*" or (value == tag and not (is_weak and is_strong)) for is_weak, value in tags)
 
 
-def _entity_tags(request: Request, name: bytes) -> list[tuple[bool, bytes]] | None:
+def _entity_tags(value: str | None) -> list[tuple[bool, bytes]] | None:
     """The tags of a field, weak or not; None where it isn't there."""
-    values = request.requestHeaders.getRawHeaders(name)
-    if values is None:
+    if value is None:
         return None
-    value = b",".join(values)
-    if value.strip() == b"*":
+    if value.strip() == "*":
         return [(False, b"*")]
-    return list(_each_tag(value))
+    return list(_each_tag(value.encode("latin-1")))
 
 
 def _each_tag(value: bytes) -> Iterator[tuple[bool, bytes]]:
@@ -128,17 +138,13 @@ def _each_tag(value: bytes) -> Iterator[tuple[bool, bytes]]:
         at = match.end()
 
 
-def _date(request: Request, name: bytes) -> int | None:
+def _date(value: str | None) -> int | None:
     """Seconds since the epoch; None where the field isn't there or no date, which RFC 9110 wants ignored."""
-    value = request.getHeader(name)
-    return None if value is None else _seconds(value)
-
-
-def _seconds(value: bytes) -> int | None:
+    if value is None:
+        return None
     try:
-        date = parsedate_to_datetime(value.decode("ascii"))
+        date = parsedate_to_datetime(value)
     except (OverflowError, ValueError):
         return None
     # Without a zone it is asctime's form, which means UTC here (RFC 9110 section 5.6.7).
     return int((date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp())
-

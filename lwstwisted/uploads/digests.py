@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from base64 import b64decode
 from binascii import Error as NotBase64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import http_sf
@@ -21,26 +21,32 @@ from lwstwisted.errors import Refused
 ALGORITHMS = {"sha-256": "sha256", "sha-512": "sha512"}
 """The active algorithms of the registry (RFC 9530 section 5), and what ``hashlib`` calls them."""
 
-_FIELDS = (b"content-digest", b"repr-digest")
+_MD5 = b"content-md5"
+OF_CONTENT = (b"content-digest", _MD5)
+"""Fields of what is in one message."""
+OF_REPRESENTATION = (b"repr-digest",)
+"""Fields of the whole file, however many messages it takes."""
+
 _MD5_SIZE = 16
 
 
-def expected_digests(request: Request) -> dict[str, bytes]:
+def expected_digests(request: Request, fields: Sequence[bytes] = OF_CONTENT + OF_REPRESENTATION) -> dict[str, bytes]:
     """What the body of a request must hash to: digests by ``hashlib`` name.
 
     Algorithms that are not :data:`ALGORITHMS` are ignored, as RFC 9530 section 2 allows.
 
+    :param fields: those that are looked at.
     :raises Refused: ``BAD_DIGEST`` for a field that can't be read, or two that contradict each other.
     """
     expected: dict[str, bytes] = {}
-    for field in _FIELDS:
-        for name, digest in _dictionary(request, field).items():
+    for field in [field for field in fields if field != _MD5]:
+        for name, digest in _dictionary(request.requestHeaders.getRawHeaders(field)).items():
             if name in ALGORITHMS:
                 if not isinstance(digest, bytes) or len(digest) != hashlib.new(ALGORITHMS[name]).digest_size:
                     raise Refused(errors.BAD_DIGEST)
                 if expected.setdefault(ALGORITHMS[name], digest) != digest:
                     raise Refused(errors.BAD_DIGEST)
-    md5 = request.getHeader(b"content-md5")
+    md5 = request.getHeader(_MD5) if _MD5 in fields else None
     if md5 is not None:
         try:
             expected["md5"] = b64decode(md5, validate=True)
@@ -51,8 +57,7 @@ def expected_digests(request: Request) -> dict[str, bytes]:
     return expected
 
 
-def _dictionary(request: Request, field: bytes) -> dict[str, object]:
-    values = request.requestHeaders.getRawHeaders(field)
+def _dictionary(values: Sequence[bytes] | None) -> dict[str, object]:
     if values is None:
         return {}
     try:
@@ -62,13 +67,14 @@ def _dictionary(request: Request, field: bytes) -> dict[str, object]:
     return {name: member[0] for name, member in parsed.items()}
 
 
-def repr_digest(request: Request, digests: Mapping[str, bytes]) -> bytes | None:
+def repr_digest(request: Request, digests: Mapping[str, bytes], wanted_before: bytes = b"") -> bytes | None:
     """The value of ``Repr-Digest`` for an answer, if ``request`` wants one that we know.
 
     :param digests: of the file, by ``hashlib`` name.
+    :param wanted_before: the ``Want-Repr-Digest`` of a request that began what this one goes on with.
     """
     try:
-        wanted = _dictionary(request, b"want-repr-digest")
+        wanted = _dictionary(request.requestHeaders.getRawHeaders(b"want-repr-digest") or [wanted_before])
     except Refused:
         return None  # a preference, and nothing that the client relies on
     weights = {name: weight for name, weight in wanted.items() if isinstance(weight, int) and weight > 0}

@@ -6,6 +6,10 @@ ended as it should, they get their names in one commit (``stores/batch.py``). Co
 its like) hold for each of the files, its digests for the form as it was sent. Fields that are no files are limited, and
 otherwise ignored.
 
+**Space.** The announced length of a form is an upper bound of the bytes of its files. A store that can reserves that
+before the body is accepted, and the files take from it; what boundaries and fields had of it is free again when the
+form is over. The files of a chunked form ask for space as they are written.
+
 **Flow.** Events are *pulled* out of the parser, as everywhere here: the reader of a form is a coroutine that goes on to
 the next event when the store has taken the last one. While it waits (for a file to be opened, to be made durable, or
 for a store that is behind) the body is paused. So there is no queue of events, and a form holds at most::
@@ -27,7 +31,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 from urllib.parse import quote
 
 from twisted.internet.defer import Deferred
@@ -52,6 +56,17 @@ FIELD_BYTES = 64 * 1024
 """Bytes of a field that is no file: a long text that somebody typed. Larger things are files."""
 
 
+@runtime_checkable
+class Reserving(Protocol):
+    """What a :class:`~lwstwisted.interfaces.Batch` may offer beside its own."""
+
+    async def reserve(self, length: int) -> None:
+        """Have space for files of so many bytes together, before any of them begins. The end of the batch ends it.
+
+        :raises Refused: ``DISK_FULL``, ``QUOTA_EXCEEDED``; ``BODY_TOO_LARGE`` for more than could ever be had.
+        """
+
+
 async def post_form(request: Request, body: IRequestBody, store: Store, folder: Name, max_size: int) -> None:
     """Store the files of a form in ``folder`` and answer 201 with a list of them.
 
@@ -62,9 +77,11 @@ async def post_form(request: Request, body: IRequestBody, store: Store, folder: 
     boundary = boundary_of(list(request.requestHeaders.getRawHeaders(b"content-type") or []))
     require_length(request)
     require_identity(request)
-    conditions, digests = Conditions(request), expected_digests(request)
+    conditions, digests = Conditions.of(request), expected_digests(request)
     form = Form(store, folder, boundary, max_size, conditions.check, digests)
     try:
+        if body.length is not None:
+            await form.reserve(body.length)
         await body.deliver_to(cast(IConsumer, form))
         stored = await form.finish()
     except BaseException as cut:
@@ -183,6 +200,14 @@ class Form:
         self.resumeProducing()
 
     # The protocol of the upload calls these
+
+    async def reserve(self, length: int) -> None:
+        """Have space for a form of so many bytes. To be called before the body is accepted.
+
+        :raises Refused: if there isn't; the form is good for :meth:`abort` only then.
+        """
+        if isinstance(self._batch, Reserving):
+            await self._batch.reserve(length)
 
     async def finish(self) -> list[Stored]:
         """Give all files their names. The body must be over.

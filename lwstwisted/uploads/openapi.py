@@ -15,7 +15,7 @@ from base64 import b64encode
 from collections.abc import Iterable
 from typing import Any
 
-from twisted.web.http import NO_CONTENT, PARTIAL_CONTENT, REQUESTED_RANGE_NOT_SATISFIABLE
+from twisted.web.http import NO_CONTENT, OK, PARTIAL_CONTENT, REQUESTED_RANGE_NOT_SATISFIABLE
 
 from lwstwisted import __version__, errors
 from lwstwisted.errors import Refusal
@@ -23,6 +23,10 @@ from lwstwisted.stores.names import PATH_LIMIT, SEGMENT_LIMIT, STATE_FOLDER
 from lwstwisted.uploads.digests import ALGORITHMS
 from lwstwisted.uploads.form import FIELD_BYTES
 from lwstwisted.uploads.parts import BOUNDARY_LENGTH, HEADER_LINES, PARTS
+from lwstwisted.uploads.rufh import PART_TYPE
+from lwstwisted.uploads.tus import ALGORITHMS as CHECKSUMS
+from lwstwisted.uploads.tus import CONTENT_TYPE as TUS_TYPE
+from lwstwisted.uploads.tus import METADATA_BYTES
 from lwstwisted.web.limits import MAX_LENGTH, Limits
 from lwstwisted.web.plain import ReadOnly, send_content
 
@@ -76,10 +80,14 @@ _READ = (*_HEAD, *_NAME, *_STORE, errors.NOT_FOUND)
 _CONDITIONS = (errors.BAD_CONDITION, errors.PRECONDITION_FAILED)
 _CHANGE = (errors.CROSS_ORIGIN, *_CONDITIONS, errors.IS_FOLDER, errors.DISK_FULL, errors.QUOTA_EXCEEDED)
 _STORING = (*_HEAD, *_BODY, *_NAME, *_STORE, *_CHANGE, errors.BAD_DIGEST, errors.DIGEST_MISMATCH)
-_PUT = (*_STORING, errors.CONTENT_RANGE)
+_RESUMED = (errors.CONTENT_RANGE, errors.LENGTH_MISMATCH, errors.UPLOAD_OVERRUN, errors.UPLOAD_TAKEN)
+_PUT = (*_STORING, *_RESUMED)
 _DELETE = (*_READ, *_CHANGE)
+_NAMED_BY_FIELD = (errors.BAD_DISPOSITION, errors.FORM_IN_PARTS)
 _FORM = (
     *_STORING,
+    *_RESUMED,
+    *_NAMED_BY_FIELD,
     errors.NOT_A_FORM,
     errors.BAD_BOUNDARY,
     errors.BAD_FORM,
@@ -89,6 +97,39 @@ _FORM = (
     errors.FORM_NAME_TWICE,
     errors.PART_ENCODING,
 )
+_OF_UPLOAD = (errors.TUS_VERSION, errors.CROSS_ORIGIN, errors.UPLOAD_NOT_FOUND, errors.UPLOAD_TAKEN)
+_NAMING = (
+    *_STORE,
+    errors.NAME_TOO_LONG,
+    errors.PRECONDITION_FAILED,
+    errors.IS_FOLDER,
+    errors.DISK_FULL,
+    errors.QUOTA_EXCEEDED,
+    errors.DIGEST_MISMATCH,
+)
+_CONTENT = (
+    errors.BAD_UPLOAD_FIELD,
+    errors.NOT_A_PART,
+    errors.BAD_CHECKSUM,
+    errors.CHECKSUM_MISMATCH,
+    errors.CONCATENATED,
+    errors.BAD_DIGEST,
+    errors.LENGTH_MISMATCH,
+    errors.UPLOAD_OVERRUN,
+)
+_CREATE = (
+    *_STORING,
+    *_RESUMED,
+    *_NAMED_BY_FIELD,
+    *_CONTENT,
+    errors.TUS_VERSION,
+    errors.NOT_AN_UPLOAD,
+    errors.BAD_METADATA,
+    errors.BAD_PARTS,
+)
+_LOOK = (*_HEAD, *_OF_UPLOAD, *_NAMING)
+_APPEND = (*_LOOK, *_BODY, *_CONTENT, errors.OFFSET_MISMATCH, errors.UPLOAD_FINISHED)
+_CANCEL = (*_HEAD, *_OF_UPLOAD, errors.STORE_FAILED, errors.STOPPING, errors.TOO_MANY_FILES)
 _OTHER_METHODS = (errors.METHOD_NOT_ALLOWED, errors.UNKNOWN_METHOD)
 
 # Fields of requests. Only what is refused where it is malformed has a pattern; what is ignored then has none.
@@ -140,6 +181,24 @@ _FIELDS = {
         _digest_of(_EXAMPLE, "md5"),
         pattern="^[0-9A-Za-z+/]{21}[AQgw]==$",
     ),
+    "UploadComplete": _field("Upload-Complete", "`?1` or `?0`: whether all of the file ends with this content."),
+    "UploadLength": _field("Upload-Length", "Bytes of the whole file.", pattern="^[0-9]{1,15}$"),
+    "UploadOffset": _field("Upload-Offset", "Bytes that are there already.", pattern="^[0-9]{1,15}$"),
+    "TusResumable": _field("Tus-Resumable", "Says that a request is one of tus, and which.", pattern="^1\\.0\\.0$"),
+    "UploadDeferLength": _field("Upload-Defer-Length", "tus: the length will be told later.", pattern="^1$"),
+    "UploadMetadata": _field(
+        "Upload-Metadata",
+        "tus: keys with values in Base64. `filename`, or else `name`, is the name of the file in the root folder.",
+        f"filename {b64encode(b'hello.txt').decode()}",
+        maxLength=METADATA_BYTES,
+    ),
+    "UploadConcat": _field("Upload-Concat", "tus: `partial`, or `final;` and the URLs of the parts."),
+    "UploadChecksum": _field(
+        "Upload-Checksum",
+        f"tus: what the content hashes to, in Base64: {', '.join(CHECKSUMS)}. It may be a trailer.",
+        f"sha1 {_digest_of(_EXAMPLE, 'sha1')}",
+    ),
+    "ContentDisposition": _field("Content-Disposition", "IETF: its `filename` is the name of the file (RFC 6266)."),
     "ContentEncoding": _field("Content-Encoding", "`identity`: files are stored as they are.", pattern=_IDENTITY),
 }
 
@@ -154,6 +213,18 @@ _REPR_DIGEST = {"description": "As wanted, where a digest was kept.", "schema": 
 _LOCATION = {"required": True, "schema": {"type": "string", "format": "uri-reference"}}
 _ALLOW = {"required": True, "schema": {"type": "string"}}
 _POLICY = {"description": "Under which no script runs.", "schema": {"type": "string"}}
+_TEXT: Json = {"schema": {"type": "string"}}
+_NUMBER: Json = {"schema": {"type": "string", "pattern": "^[0-9]+$"}}
+_UPLOAD_HEADERS = {
+    "Tus-Resumable": {"schema": {"const": "1.0.0"}},
+    "Upload-Offset": _NUMBER,
+    "Upload-Length": _NUMBER,
+    "Upload-Expires": _TEXT,
+    "Upload-Complete": {"schema": {"enum": ["?0", "?1"]}},
+    "Upload-Limit": _TEXT,
+    "Content-Location": {"description": "The file that the upload has become.", "schema": _LOCATION["schema"]},
+    "ETag": _ETAG,
+}
 _FILE_HEADERS = {
     **_NO_SNIFFING,
     "ETag": {"required": True, **_ETAG},
@@ -216,20 +287,41 @@ def _fields(*names: str) -> list[Json]:
 
 def _refused(refusals: Iterable[Refusal], has_content: bool = True) -> Json:
     """Responses by status: each says which refusals it may be, and has one of their sentences as its content."""
-    by_status: dict[int, dict[str, str]] = {}
+    by_status: dict[int, dict[str, Refusal]] = {}
     for refusal in refusals:
-        by_status.setdefault(refusal.status, {})[refusal.code] = refusal.sentence
+        by_status.setdefault(refusal.status, {})[refusal.code] = refusal
     found: Json = {}
-    for status, sentences in sorted(by_status.items()):
+    for status, refused in sorted(by_status.items()):
         response: Json = {
-            "description": "\n".join(f"- `{code}`: {sentence}" for code, sentence in sentences.items()),
+            "description": "\n".join(f"- `{code}`: {one.sentence}" for code, one in refused.items()),
             "headers": _NO_SNIFFING,
         }
         if has_content:
-            schema = {"enum": [f"{sentence}\n" for sentence in sentences.values()]}
-            response["content"] = {"text/plain": {"schema": schema}}
+            response["content"] = _content_of(refused.values())
         found[str(status)] = response
     return found
+
+
+def _content_of(refusals: Iterable[Refusal]) -> Json:
+    """A sentence as plain text, or a problem (RFC 9457)."""
+    plain = [f"{refusal.sentence}\n" for refusal in refusals if not refusal.problem]
+    problems = [
+        {
+            "type": "object",
+            "required": ["type", "title", "status"],
+            "properties": {
+                "type": {"const": refusal.problem},
+                "title": {"const": refusal.sentence},
+                "status": {"const": refusal.status},
+            },
+        }
+        for refusal in refusals
+        if refusal.problem
+    ]
+    return {
+        **({"text/plain": {"schema": {"enum": plain}}} if plain else {}),
+        **({"application/problem+json": {"schema": {"oneOf": problems}}} if problems else {}),
+    }
 
 
 def _operation(
@@ -328,11 +420,14 @@ def _file(path: Json) -> Json:
         "Store a file, in place of any other of its name. It becomes visible whole, and stays after a power cut."
         " One with Content-Range is refused: a file is replaced whole (RFC 9110 section 14.5).",
         {
-            "201": {"description": "The name is new.", "headers": {**etag, "Location": _LOCATION}},
+            "201": {
+                "description": "The name is new. With `Upload-Complete: ?0`, the upload is begun, at the location.",
+                "headers": {"ETag": _ETAG, "Location": _LOCATION},
+            },
             "204": {"description": "Another file was replaced.", "headers": etag},
         },
         _PUT,
-        (*writing, "ContentDigest", "ReprDigest", "ContentMD5", "ContentEncoding"),
+        (*writing, "ContentDigest", "ReprDigest", "ContentMD5", "ContentEncoding", "UploadComplete"),
         requestBody=body,
     )
     gone = {"204": {"description": "The name is gone."}}
@@ -345,17 +440,81 @@ def _file(path: Json) -> Json:
     }
 
 
+def _uploads() -> Json:
+    """The methods of the place where resumable uploads begin."""
+    post = _operation(
+        "postUploads",
+        "Begin a resumable upload, of tus (with Tus-Resumable) or the IETF (with Upload-Complete); perhaps with its"
+        " first bytes, or all of them. An upload that is whole is a file.",
+        {
+            "201": {
+                "description": "It is begun, at the location; or it is whole, and what it became has a new name.",
+                "headers": {**_UPLOAD_HEADERS, "Location": _LOCATION},
+            },
+            "204": {"description": "It is whole, and has replaced a file.", "headers": _UPLOAD_HEADERS},
+        },
+        _CREATE,
+        (
+            *("TusResumable", "UploadLength", "UploadDeferLength", "UploadMetadata", "UploadConcat", "UploadChecksum"),
+            *("UploadComplete", "ContentDisposition", "ReprDigest", "ContentEncoding"),
+            *("IfMatch", "IfNoneMatch", "IfUnmodifiedSince"),
+        ),
+        requestBody=_upload_content(TUS_TYPE.decode(), "application/octet-stream"),
+    )
+    return {"post": post, **_upload_options("Uploads")}
+
+
+def _upload() -> Json:
+    """The methods of a resumable upload."""
+    id = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
+    parameter = {"name": "id", "in": "path", "required": True, "description": "An upload under way.", "schema": id}
+    done = {"description": "Done, as far as the offset says.", "headers": _UPLOAD_HEADERS}
+    state = {"description": "How far it is (tus).", "headers": {**_UPLOAD_HEADERS, "Cache-Control": _TEXT}}
+    patch = _operation(
+        "patchUpload",
+        "Append. Whoever else is appending is told to leave.",
+        {"201": {**done, "description": "All bytes are there (IETF): a new file."}, "204": done},
+        _APPEND,
+        (
+            *("TusResumable", "UploadOffset", "UploadLength", "UploadChecksum", "UploadComplete"),
+            *("ContentDigest", "ContentEncoding"),
+        ),
+        requestBody=_upload_content(TUS_TYPE.decode(), PART_TYPE.decode()),
+    )
+    states = {"200": state, "204": {**state, "description": "The same (IETF)."}}
+    look = _both("Upload", "Tell how far an upload is.", states, _LOOK, ("TusResumable",))
+    gone = {"204": {"description": "The upload is gone; a file that it has become stays."}}
+    delete = _operation("deleteUpload", "Cancel an upload.", gone, _CANCEL, ("TusResumable",))
+    return {"parameters": [parameter], **look, "patch": patch, "delete": delete, **_upload_options("Upload", parameter)}
+
+
+def _upload_content(*kinds: str) -> Json:
+    example = {"example": _EXAMPLE.decode()}
+    return {"description": "Bytes of the file.", "content": {kind: example for kind in kinds}}
+
+
+def _upload_options(name: str, *parameters: Json) -> Json:
+    """What can be done, and how large an upload may be."""
+    options = _options(name, *parameters)["options"]
+    fields = {"Tus-Version": _TEXT, "Tus-Extension": _TEXT, "Tus-Checksum-Algorithm": _TEXT, "Upload-Limit": _TEXT}
+    headers = {"Allow": _ALLOW, **{field: {"required": True, **schema} for field, schema in fields.items()}}
+    refused = {status: answer for status, answer in options["responses"].items() if status != str(NO_CONTENT)}
+    answer = {str(OK): {"description": "Methods, extensions, limits.", "headers": {**headers, "Tus-Max-Size": _NUMBER}}}
+    return {"options": {**options, "responses": answer | refused}}
+
+
 def _health(name: str, summary: str, refusals: Iterable[Refusal]) -> Json:
     answer = {"200": {"description": "Yes.", "headers": _NO_SNIFFING, "content": {"text/plain": {}}}}
     return {**_both(name, summary, answer, refusals), **_options(name)}
 
 
-def describe(files: str, max_size: int, limits: Limits) -> Json:
+def describe(files: str, max_size: int, limits: Limits, uploads: str = "/uploads/") -> Json:
     """The OpenAPI document of a service.
 
     :param files: path of the files, with a slash at both ends.
     :param max_size: bytes of one file at most.
     :param limits: of its site.
+    :param uploads: path of the resumable uploads, with a slash at both ends.
     """
     redirect = {"302": {"description": "To the files.", "headers": {"Location": _LOCATION}}}
     json_object = {"application/json": {"schema": {"type": "object"}}}
@@ -368,7 +527,7 @@ def describe(files: str, max_size: int, limits: Limits) -> Json:
             "title": "lwstwisted",
             "version": __version__,
             "summary": "Uploads of files.",
-            "description": _prose(files, max_size, limits),
+            "description": _prose(files, max_size, limits, uploads),
         },
         "paths": {
             "/": {**_both("Home", "Lead to the files.", redirect, _HEAD), **_options("Home")},
@@ -378,6 +537,8 @@ def describe(files: str, max_size: int, limits: Limits) -> Json:
             files: _folder("Root", "the folder of all files"),
             f"{files}{{path}}": _file(path),
             f"{files}{{folder}}/": _folder("Folder", "a folder", folder),
+            uploads: _uploads(),
+            f"{uploads}{{id}}": _upload(),
         },
         "components": {
             "parameters": _FIELDS,
@@ -387,7 +548,7 @@ def describe(files: str, max_size: int, limits: Limits) -> Json:
     }
 
 
-def _prose(files: str, max_size: int, limits: Limits) -> str:
+def _prose(files: str, max_size: int, limits: Limits, uploads: str) -> str:
     largest = min(max_size, limits.body_bytes)
     return "\n".join(
         [
@@ -404,9 +565,13 @@ def _prose(files: str, max_size: int, limits: Limits) -> str:
             f" its boundary {BOUNDARY_LENGTH} characters.",
             f"- Time for a head: {limits.head_time:g} s. A body may pause for {limits.body_time:g} s, and brings"
             f" {limits.body_rate} bytes per second.",
+            f"- `Upload-Metadata`: {METADATA_BYTES} bytes.",
+            "",
+            f"Resumable uploads are those of tus 1.0 and of draft-ietf-httpbis-resumable-upload; `{uploads}` begins one"
+            f" of either, and a PUT or POST below `{files}` with `Upload-Complete` one of the IETF's.",
             "",
             "Who changes something from a page of another site is refused, as the browser says with Sec-Fetch-Site or"
-            " Origin.",
+            " Origin; but such a page may begin resumable uploads of new files, if its origin is allowed.",
             "",
             "A refusal is one sentence of plain text. A method that a resource does not have is answered by"
             f" {errors.METHOD_NOT_ALLOWED.status} with `Allow`, one that is unknown by {errors.UNKNOWN_METHOD.status}.",

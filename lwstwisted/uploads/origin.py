@@ -16,6 +16,7 @@ from twisted.web.server import Request
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
+from lwstwisted.web.request import asked_host
 
 _OWN_SITES = (b"same-origin", b"none")  # "none" is the user, by an address bar or a bookmark
 
@@ -31,7 +32,7 @@ def require_own_origin(request: Request) -> None:
     if site is not None:
         is_own = site in _OWN_SITES
     else:
-        is_own = origin is None or _host_of(origin) == (request.getHeader(b"host") or b"").lower()
+        is_own = origin is None or _host_of(origin) == asked_host(request)
     if not is_own:
         raise Refused(errors.CROSS_ORIGIN)
 

@@ -32,7 +32,7 @@ async def put(request: Request, body: IRequestBody, store: Store, name: Name, ma
     require_identity(request)
     if body.length is not None and body.length > max_size:
         raise Refused(errors.BODY_TOO_LARGE)
-    conditions, digests = Conditions(request), expected_digests(request)
+    conditions, digests = Conditions.of(request), expected_digests(request)
     part = await store.create(name, body.length, conditions.check, digests)
     transfer = Transfer(part, body.length, max_size)
     try:
@@ -42,11 +42,21 @@ async def put(request: Request, body: IRequestBody, store: Store, name: Name, ma
         cause = transfer.failure or cut
         await transfer.abort()
         raise cause from None
+    answer_stored(request, created, part.etag, request.path)
+
+
+def answer_stored(request: Request, created: bool, etag: str, location: bytes) -> None:
+    """Answer 201 (new) or 204 (replaced).
+
+    :param etag: of the file, with quotes; "" if nobody knows.
+    :param location: where the file is.
+    """
     if request.channel is None:
         return  # the client left when all was sent
     request.setResponseCode(CREATED if created else NO_CONTENT)
-    request.setHeader(b"ETag", part.etag.encode("ascii"))
+    if etag:
+        request.setHeader(b"ETag", etag.encode("ascii"))
     if created:
-        request.setHeader(b"Location", request.path)
+        request.setHeader(b"Location", location)
         request.setHeader(b"Content-Length", b"0")
     request.finish()

@@ -1,8 +1,9 @@
 """UploadResource: the files of a store as a twisted.web resource, at any path.
 
 =========  =====================================================================================
-``PUT``    stores a file (``put.py``)
-``POST``   stores the files of a form in a folder, whose path ends with a slash (``form.py``)
+``PUT``    stores a file (``put.py``), or begins a resumable upload of one (``rufh.py``)
+``POST``   stores the files of a form in a folder, whose path ends with a slash (``form.py``), or
+           begins a resumable upload of one file there
 ``GET``    sends a file, with ranges, by ``twisted.web.static``; of a folder, its listing
 ``HEAD``   the same without content
 ``DELETE`` removes a file
@@ -19,33 +20,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Coroutine
-from typing import IO, Any, cast
+from typing import Any
 from urllib.parse import quote
 
-from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.interfaces import IConsumer
-from twisted.python.failure import Failure
 from twisted.web.http import NO_CONTENT, NOT_MODIFIED
 from twisted.web.resource import Resource
-from twisted.web.server import NOT_DONE_YET, Request
+from twisted.web.server import Request
 from twisted.web.static import File, getTypeAndEncoding
 from zope.interface import implementer
 
 from lwstwisted import errors
-from lwstwisted.errors import BodyStopped, Refused
+from lwstwisted.errors import Refused
 from lwstwisted.interfaces import Found, IRequestBody, IStreamingResource, Name, Store
 from lwstwisted.stores.names import parse_name
+from lwstwisted.uploads import rufh
 from lwstwisted.uploads.conditions import Conditions, NotModified, is_range_wanted, satisfiable_range
 from lwstwisted.uploads.digests import repr_digest
 from lwstwisted.uploads.form import post_form
 from lwstwisted.uploads.origin import require_own_origin
 from lwstwisted.uploads.pages import send_listing
 from lwstwisted.uploads.put import put
-from lwstwisted.web.answers import answer_refusal, refusal_for
+from lwstwisted.uploads.session import Sessions
+from lwstwisted.uploads.spooled import receive_spooled
 from lwstwisted.web.limits import MAX_LENGTH
-
-SPOOL_READ = 256 * 1024
-"""Bytes read at once from a body that a stock ``Site`` has spooled."""
 
 SAFE_METHODS = {b"GET", b"HEAD", b"OPTIONS"}
 """They change nothing (RFC 9110 section 9.2.1), so a page of another site may cause them."""
@@ -59,14 +56,16 @@ class UploadResource(Resource):
 
     :param store: where they live.
     :param max_size: bytes of one file at most.
+    :param sessions: the resumable uploads of the store; None for a service without any.
     """
 
     isLeaf = True
 
-    def __init__(self, store: Store, max_size: int = MAX_LENGTH) -> None:
+    def __init__(self, store: Store, max_size: int = MAX_LENGTH, sessions: Sessions | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._store = store
         self._max_size = max_size
+        self._sessions = sessions
         self._methods: dict[bytes, Callable[[Request, IRequestBody], Coroutine[Any, Any, None]]] = {
             b"DELETE": self._delete,
             b"GET": self._get,
@@ -91,24 +90,24 @@ class UploadResource(Resource):
 
     def render(self, request: Request) -> int:
         """Take a request whose body a stock ``Site`` has spooled."""
-
-        def failed(reason: Failure) -> None:
-            if request.channel is not None:
-                answer_refusal(request, refusal_for(reason))
-
-        maybeDeferred(self.receive, request, SpooledBody(cast(IO[bytes], request.content))).addErrback(failed)
-        return NOT_DONE_YET
+        return receive_spooled(self, request)
 
     # Not async, where they only choose: an upload that drips would hold a frame for each.
 
     def _put(self, request: Request, body: IRequestBody) -> Coroutine[Any, Any, None]:
-        return put(request, body, self._store, parse_name(request.postpath or []), self._max_size)
+        name = parse_name(request.postpath or [])
+        if self._sessions is not None and rufh.begins_upload(request, body, self._sessions):
+            return rufh.create(request, body, self._sessions, name)
+        return put(request, body, self._store, name, self._max_size)
 
     def _post(self, request: Request, body: IRequestBody) -> Coroutine[Any, Any, None]:
-        return post_form(request, body, self._store, parse_name((request.postpath or [])[:-1]), self._max_size)
+        folder = parse_name((request.postpath or [])[:-1])
+        if self._sessions is not None and rufh.begins_upload(request, body, self._sessions):
+            return rufh.create(request, body, self._sessions, folder=folder)
+        return post_form(request, body, self._store, folder, self._max_size)
 
     async def _delete(self, request: Request, body: IRequestBody) -> None:
-        await self._store.delete(parse_name(request.postpath or []), Conditions(request).check)
+        await self._store.delete(parse_name(request.postpath or []), Conditions.of(request).check)
         if request.channel is None:
             return  # the client left meanwhile
         request.setResponseCode(NO_CONTENT)
@@ -117,6 +116,8 @@ class UploadResource(Resource):
     async def _options(self, request: Request, body: IRequestBody) -> None:
         request.setResponseCode(NO_CONTENT)
         request.setHeader(b"Allow", b", ".join(self._allowed(request)))
+        if self._sessions is not None:
+            rufh.tell_limit(request, self._sessions)
         request.finish()
 
     async def _get(self, request: Request, body: IRequestBody) -> None:
@@ -124,7 +125,7 @@ class UploadResource(Resource):
         is_folder = _is_folder(request)
         name = parse_name(segments[:-1] if is_folder else segments)
         if not is_folder:
-            Conditions(request)  # one that can't be read is refused whatever has the name
+            Conditions.of(request)  # one that can't be read is refused whatever has the name
             try:
                 fd = await self._store.open_file(name)
             except Refused as refused:
@@ -153,7 +154,7 @@ def _send_file(request: Request, name: Name, fd: int, found: Found) -> None:
         if (digest := repr_digest(request, found.digests)) is not None:
             request.setHeader(b"Repr-Digest", digest)
         try:
-            Conditions(request).check(found)
+            Conditions.of(request).check(found)
         except NotModified:
             request.setResponseCode(NOT_MODIFIED)
             request.finish()
@@ -183,56 +184,3 @@ class _Download(File):
 
 def _quoted(name: str) -> bytes:
     return quote(name, safe="").encode("ascii")
-
-
-@implementer(IRequestBody)
-class SpooledBody:
-    """A body that is there already.
-
-    :param content: a file, read from its current position.
-    """
-
-    def __init__(self, content: IO[bytes]) -> None:
-        self._content = content
-        position = content.tell()
-        self.length: int | None = content.seek(0, os.SEEK_END) - position
-        content.seek(position)
-        self._consumer: Any = None
-        self._finished: Deferred[None] = Deferred()
-        self._is_paused = False
-        self._is_over = False
-
-    def deliver_to(self, consumer: IConsumer) -> Deferred[None]:
-        """See :class:`~lwstwisted.interfaces.IRequestBody`."""
-        self._consumer = consumer
-        consumer.registerProducer(self, True)
-        self._pump()
-        return self._finished
-
-    def _pump(self) -> None:
-        while not (self._is_paused or self._is_over):
-            data = self._content.read(SPOOL_READ)
-            if data:
-                self._consumer.write(data)
-            else:
-                self._end().callback(None)
-
-    def _end(self) -> Deferred[None]:
-        self._is_over = True
-        self._consumer.unregisterProducer()
-        return self._finished
-
-    def pauseProducing(self) -> None:
-        """See ``IPushProducer``."""
-        self._is_paused = True
-
-    def resumeProducing(self) -> None:
-        """See ``IPushProducer``."""
-        if self._is_paused:
-            self._is_paused = False
-            self._pump()
-
-    def stopProducing(self) -> None:
-        """See ``IPushProducer``."""
-        if not self._is_over:
-            self._end().errback(Failure(BodyStopped()))

@@ -29,7 +29,7 @@ from twisted.internet.interfaces import IConsumer, IProducer, IPushProducer
 from zope.interface import implementer
 
 from lwstwisted import errors
-from lwstwisted.errors import Refused
+from lwstwisted.errors import Refusal, Refused
 from lwstwisted.flow import Watermarks
 from lwstwisted.interfaces import IBufferReceiver, PartialFile
 
@@ -82,6 +82,7 @@ class Transfer:
     :param part: the unfinished file.
     :param length: announced bytes, or None.
     :param max_size: bytes; more of them are refused.
+    :param overrun: what they are refused with.
     """
 
     __slots__ = (
@@ -92,6 +93,7 @@ class Transfer:
         "_length",
         "_marks",
         "_max_size",
+        "_overrun",
         "_part",
         "_producer",
         "_settling",
@@ -99,10 +101,13 @@ class Transfer:
         "received",
     )
 
-    def __init__(self, part: PartialFile, length: int | None, max_size: int) -> None:
+    def __init__(
+        self, part: PartialFile, length: int | None, max_size: int, overrun: Refusal = errors.BODY_TOO_LARGE
+    ) -> None:
         self._part = part
         self._length = length
         self._max_size = max_size
+        self._overrun = overrun
         self._producer: IPushProducer | None = None
         self._block: Block | None = None
         self._filled = 0
@@ -131,7 +136,7 @@ class Transfer:
         """See :class:`~lwstwisted.interfaces.IBufferReceiver`."""
         self.received += len(view)
         if self.received > self._max_size:
-            self._fail(Refused(errors.BODY_TOO_LARGE))
+            self._fail(Refused(self._overrun))
         if self._failure is not None:
             return
         is_full = self._marks.add(len(view))
@@ -185,6 +190,9 @@ class Transfer:
                 if self._marks.remove(filled) and self._producer is not None:
                     self._producer.resumeProducing()
         except Exception as failure:
+            # What the store didn't take is lost, and nothing may be written behind the gap.
+            self._waiting.clear()
+            self._block = None
             self._fail(failure)
         self._is_writing = False
         if self._settling is not None:
@@ -215,6 +223,23 @@ class Transfer:
         created = await self._part.commit(memoryview(block)[:filled])
         _recycle(block)
         return created
+
+    def stop(self, failure: Exception) -> None:
+        """End the body; ``failure`` is why, unless something else has ended it before."""
+        self._fail(failure)
+
+    async def keep(self) -> None:
+        """Have what arrived stored and committed, although the body is not whole. The body must be over.
+
+        :raises Refused: what the store fails with; :meth:`abort` is all that is left then.
+        """
+        await self._settled()
+        self._close_block()
+        while self._waiting:
+            block, filled = self._waiting.pop(0)
+            await self._part.append(memoryview(block)[:filled])
+            _recycle(block)
+        await self._part.commit(memoryview(b""))
 
     async def abort(self) -> None:
         """Forget the upload; nothing of it is left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import socket
 import sys
 import termios
@@ -33,14 +34,17 @@ def answer_refusal(request: Request, refused: Refused) -> None:
         request.channel.forceAbortClient()
         return
     refusal = refused.refusal
-    sentence = refusal.sentence.encode() + b"\n"
+    kind, content = b"text/plain; charset=utf-8", refusal.sentence.encode() + b"\n"
+    if refusal.problem:
+        problem = {"type": refusal.problem, "title": refusal.sentence, "status": refusal.status, **refused.members}
+        kind, content = b"application/problem+json", json.dumps(problem).encode() + b"\n"
     request.setResponseCode(refusal.status, RESPONSES.get(refusal.status, b"Refused"))
-    request.setHeader(b"Content-Type", b"text/plain; charset=utf-8")
-    request.setHeader(b"Content-Length", b"%d" % len(sentence))
+    request.setHeader(b"Content-Type", kind)
+    request.setHeader(b"Content-Length", b"%d" % len(content))
     request.setHeader(b"X-Content-Type-Options", b"nosniff")
     for name, value in refused.headers.items():
         request.setHeader(name, value)
-    request.write(sentence)
+    request.write(content)
     request.finish()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 from twisted.internet.defer import Deferred
@@ -49,6 +49,7 @@ class RequestBody:
         "is_over",
         "is_paused",
         "length",
+        "trailers",
     )
 
     def __init__(self, channel: BodySource, head: Head) -> None:
@@ -59,6 +60,7 @@ class RequestBody:
         self._finished: Deferred[None] | None = None
         self._failure: Failure | None = None
         self.length = head.length
+        self.trailers: Sequence[tuple[bytes, bytes]] = ()
         self.is_paused = False
         self.is_over = False
 
@@ -118,9 +120,10 @@ class RequestBody:
         except Exception:
             self.fail(Failure())
 
-    def end(self) -> None:
+    def end(self, trailers: Sequence[tuple[bytes, bytes]]) -> None:
         """The body is whole."""
         if not self.is_over:
+            self.trailers = trailers
             self._close().callback(None)
 
     def fail(self, reason: Failure) -> None:

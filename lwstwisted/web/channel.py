@@ -190,7 +190,7 @@ class StreamingChannel(Protocol):
         if isinstance(event, Head):
             self._begin(event)
         elif isinstance(event, End):
-            self._end_body()
+            self._end_body(event)
         else:
             assert self._body is not None
             self._count(len(event))
@@ -338,10 +338,10 @@ class StreamingChannel(Protocol):
         elif not reason.check(Refused, BodyCut, BodyStopped):
             _log.failure("a request failed after its connection was lost", failure=reason)
 
-    def _end_body(self) -> None:
+    def _end_body(self, end: End) -> None:
         body, self._body = self._body, None
         if body is not None:
-            body.end()
+            body.end(end.trailers)
 
     def _cut_body(self, reason: Failure) -> None:
         if self._body is not None:

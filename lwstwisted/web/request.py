@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from twisted.internet.interfaces import IAddress
 from twisted.python.failure import Failure
 from twisted.web.http import RESPONSES
 from twisted.web.http_headers import Headers
 from twisted.web.server import Request
 
-EARLY_HINTS = 103
-"""RFC 8297."""
+from lwstwisted.web.forwarded import Forwarded
+
+_REASONS = {103: b"Early Hints", 104: b"Upload Resumption Supported"}
+"""Of interim responses that Twisted doesn't know: RFC 8297, and draft-ietf-httpbis-resumable-upload."""
 
 CONTINUE = 100
 CLIENT_CLOSED = 499
@@ -27,6 +30,18 @@ class StreamingRequest(Request):
 
     arrived = 0.0
     received = 0
+    _forwarded: Forwarded | None = None
+
+    def forwarded(self) -> Forwarded:
+        """What proxies that are believed say of the client."""
+        if self._forwarded is None:
+            trusted = getattr(self.site, "trusted_proxies", ())
+            self._forwarded = Forwarded(self.client, self.requestHeaders, trusted)
+        return self._forwarded
+
+    def getClientAddress(self) -> IAddress:
+        """See ``Request``; behind a proxy that is believed it's the client of that."""
+        return self.forwarded().client
 
     def seconds(self) -> float:
         """How long it took since its head was complete, in seconds to the microsecond."""
@@ -57,9 +72,15 @@ class StreamingRequest(Request):
         channel.send_interim(interim_response(status, headers))
 
 
+def asked_host(request: Request) -> bytes:
+    """The host that the client asked for, with its port, in lower case."""
+    told = request.forwarded().host if isinstance(request, StreamingRequest) else None
+    return (told or request.getHeader(b"host") or b"").lower()
+
+
 def interim_response(status: int, headers: Headers | None = None) -> bytes:
     """The bytes of an interim response."""
-    reason = b"Early Hints" if status == EARLY_HINTS else RESPONSES.get(status, b"Interim")
+    reason = _REASONS.get(status) or RESPONSES.get(status, b"Interim")
     fields = [] if headers is None else headers.getAllRawHeaders()
     lines = [b"%b: %b\r\n" % (name, value) for name, values in fields for value in values]
     return b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, reason, b"".join(lines))

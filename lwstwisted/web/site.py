@@ -16,6 +16,7 @@ from twisted.web.server import Request, Site
 
 from lwstwisted.web.accesslog import combined_log
 from lwstwisted.web.channel import StreamingChannel
+from lwstwisted.web.forwarded import Networks, is_trusted
 from lwstwisted.web.limits import DEFAULT_LIMITS, Limits
 from lwstwisted.web.request import StreamingRequest
 from lwstwisted.web.tally import Tally
@@ -47,6 +48,7 @@ class StreamingSite(Site):
     :param resource: the root of the resources; all others than streaming ones work as ever.
     :param reactor: for deadlines; the global one by default.
     :param limits: what one client may take. ``Site``'s ``timeout`` overrides its ``idle_time``.
+    :param trusted_proxies: networks of proxies whose word of their clients is believed (``forwarded.py``).
     :param options: what ``Site`` takes.
     """
 
@@ -58,12 +60,14 @@ class StreamingSite(Site):
         resource: IResource,
         reactor: IReactorTime | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        trusted_proxies: Networks = (),
         **options: Any,
     ) -> None:
         options.setdefault("logFormatter", combined_log)
         options.setdefault("timeout", limits.idle_time)
         super().__init__(resource, reactor=reactor, **options)  # type: ignore[no-untyped-call]
         self.limits = limits
+        self.trusted_proxies = trusted_proxies
         self.tally = Tally(self.reactor)
         self.channels: set[StreamingChannel] = set()
         self._admitted: dict[StreamingChannel, str] = {}
@@ -80,7 +84,7 @@ class StreamingSite(Site):
         """Take account of a new connection. Returns whether the limits have room for it."""
         self.channels.add(channel)
         network = network_of(channel.getPeer())
-        at_most = self.limits.connections_per_address
+        at_most = 0 if is_trusted(channel.getPeer(), self.trusted_proxies) else self.limits.connections_per_address
         if len(self._admitted) >= self.limits.connections:
             return False
         if at_most and network and self._of_network[network] >= at_most:

@@ -1,0 +1,95 @@
+"""What one request appends to an upload: durable in steps while it arrives, or all together if it has to be proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+
+from lwstwisted.errors import Refusal, Refused
+from lwstwisted.interfaces import StoredUpload
+
+CHECKPOINT = 16 * 1024 * 1024
+"""Bytes after which an upload under way is made durable: what a crash costs at most."""
+CHECKPOINT_TIME = 5.0
+"""Seconds after which it is, for slow clients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What the content of one request has to hash to.
+
+    :ivar expected: tells it by name of the algorithm, when the body has ended: it may be in a trailer.
+    :ivar refusal: if it doesn't.
+    """
+
+    expected: Callable[[], Mapping[str, bytes]]
+    refusal: Refusal
+
+
+class Appending:
+    """The part of an upload that one request brings: what a :class:`Transfer` writes to."""
+
+    etag = ""
+
+    def __init__(
+        self,
+        stored: StoredUpload,
+        clock: IReactorTime,
+        proof: Proof | None,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._stored = stored
+        self._clock = clock
+        self._proof = proof
+        self._progress = progress
+        self._appended = 0
+        self._since = clock.seconds()
+        self._checkpoint: Deferred[None] | None = None
+        self._failure: Exception | None = None
+
+    async def append(self, data: memoryview) -> None:
+        """See ``PartialFile``."""
+        if self._failure is not None:
+            raise self._failure
+        await self._stored.append(data)
+        self._appended += len(data)
+        is_due = self._appended >= CHECKPOINT or self._clock.seconds() - self._since >= CHECKPOINT_TIME
+        if is_due and self._proof is None and self._checkpoint is None:
+            self._appended, self._since = 0, self._clock.seconds()
+            self._checkpoint = Deferred()
+            Deferred.fromCoroutine(self._make_durable())
+
+    async def _make_durable(self) -> None:
+        try:
+            await self._stored.checkpoint()
+            if self._progress is not None:
+                self._progress(self._stored.state.offset)
+        except Exception as failure:
+            self._failure = failure
+        done, self._checkpoint = self._checkpoint, None
+        assert done is not None
+        done.callback(None)
+
+    async def commit(self, data: memoryview) -> bool:
+        """See ``PartialFile``."""
+        await self._settled()
+        if self._failure is not None:
+            raise self._failure
+        if self._proof is None:
+            return await self._stored.commit(data)
+        await self._stored.append(data)
+        if not await self._stored.verify(self._proof.expected()):
+            raise Refused(self._proof.refusal)
+        return await self._stored.commit(memoryview(b""))
+
+    async def discard(self) -> None:
+        """See ``PartialFile``."""
+        await self._settled()
+        await self._stored.discard()
+
+    async def _settled(self) -> None:
+        if self._checkpoint is not None:
+            await self._checkpoint

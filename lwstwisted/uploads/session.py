@@ -1,0 +1,518 @@
+"""Resumable uploads: one state, whichever protocol speaks of it.
+
+An upload is a resource of its own, with an id that nobody guesses. It is begun by one request, grows by others, and
+becomes a file in the tree when it is whole. tus (``tus.py``) and the protocol of the IETF (``rufh.py``) are two ways to
+say that; this is what they say it to. The states, and what may be done in them:
+
+========  ======================================  =============  ============================  =========  ========
+state     what it is                              append         finish                        HEAD       cancel
+========  ======================================  =============  ============================  =========  ========
+OPEN      bytes are missing, or nobody knows      yes            --                            offset     removed
+WHOLE     all bytes are there, and no name yet    nothing        NAMED, or WHOLE and refused   offset     removed
+NAMED     it has become a file                    refused: 400   the same answer again         length     forgotten
+WAITING   a concatenation whose parts are not     refused: 403   WHOLE, with the last part     no offset  removed
+          all whole
+========  ======================================  =============  ============================  =========  ========
+
+A part of a concatenation stays WHOLE, until it expires.
+
+**The offset** that a client is told is what is durable, and never goes down: bytes count when they and their number are
+synced. That happens at the end of each request, however it ends, and now and then within it (``appending.py``). Bytes
+that come with a checksum count all together or not at all.
+
+**The newest request wins.** A client that lost its connection asks again before anybody here has noticed. So whoever
+opens an upload makes the one that holds it leave: its body ends, what has arrived is made durable, and the newcomer
+gets the true offset. Between processes a lock that dies with its holder does the same, which the holder looks at five
+times a second.
+
+**Time.** An upload expires a while after the last byte that counted. The running service sweeps.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+from urllib.parse import quote, urlsplit
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IConsumer
+from twisted.internet.task import LoopingCall, deferLater
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from lwstwisted import errors
+from lwstwisted.errors import Refused
+from lwstwisted.interfaces import IRequestBody, Name, Named, ResumableStore, StoredUpload, UploadState
+from lwstwisted.uploads.appending import Appending, Proof
+from lwstwisted.uploads.conditions import Conditions
+from lwstwisted.uploads.transfer import Transfer
+from lwstwisted.web.limits import MAX_LENGTH
+
+LIFETIME = 24 * 3600.0
+"""Seconds that an unfinished upload is kept after its last byte: a night, and a morning to notice."""
+
+SWEEP_TIME = 60.0
+"""Seconds between two looks for uploads that have expired."""
+
+WANTED_TIME = 0.2
+"""Seconds between two looks whether another process wants an upload that this one holds."""
+PATIENCE = 10.0
+"""Seconds to wait for another process to let go of an upload; it may be stopped, or its disk slow."""
+ASK_AGAIN = 0.05
+"""Seconds between two tries meanwhile."""
+
+_log = Logger()
+
+
+class Role(enum.Enum):
+    """What an upload is for."""
+
+    FILE = "file"
+    PART = "part"
+    CONCATENATION = "concatenation"
+
+
+class State(enum.Enum):
+    """See the table in the docstring of this module."""
+
+    OPEN = enum.auto()
+    WHOLE = enum.auto()
+    NAMED = enum.auto()
+    WAITING = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an upload is meant to be. It is kept with it, as JSON.
+
+    :ivar target: the file that it becomes; () for a part, and for what is to be named by its id.
+    :ivar length: bytes; None if nobody knows yet.
+    :ivar conditions: those of the request that began it, which hold when it gets its name.
+    :ivar digests: what the file has to hash to, by ``hashlib`` name.
+    :ivar role: what it is for.
+    :ivar parts: ids of what is concatenated.
+    :ivar said: fields of the request that began it, to be repeated by HEAD.
+    :ivar ends_at_length: whether it is finished as soon as all bytes are there, and nobody has to say so.
+    """
+
+    target: Name
+    length: int | None = None
+    conditions: Conditions = field(default_factory=Conditions)
+    digests: Mapping[str, bytes] = field(default_factory=dict)
+    role: Role = Role.FILE
+    parts: tuple[str, ...] = ()
+    said: Mapping[str, str] = field(default_factory=dict)
+    ends_at_length: bool = True
+
+
+class Session:
+    """An upload that one request holds; :class:`Sessions` opens it.
+
+    :ivar id: its id.
+    :ivar plan: what it is meant to be; a file without a name has its id for one.
+    :ivar is_gone: whether it has been removed.
+    """
+
+    def __init__(self, sessions: Sessions, id: str) -> None:
+        self.id = id
+        self.plan = Plan(())
+        self._sessions = sessions
+        self._stored: StoredUpload | None = None
+        self._transfer: Transfer | None = None
+        self.is_gone = False
+        self._is_unwanted = False
+        self._is_released = False
+        self._waiters: list[Deferred[None]] = []
+
+    # What it is
+
+    @property
+    def stored(self) -> StoredUpload:
+        """The upload in the store."""
+        assert self._stored is not None, "the upload is not held"
+        return self._stored
+
+    @property
+    def offset(self) -> int:
+        """Bytes that are durable."""
+        return self.stored.state.offset
+
+    @property
+    def length(self) -> int | None:
+        """Announced bytes, or None."""
+        return self.stored.state.length
+
+    @property
+    def expires(self) -> float:
+        """When it may be removed, if it doesn't go on: seconds since the epoch."""
+        return self.stored.state.expires
+
+    @property
+    def state(self) -> State:
+        """Where it is in the table."""
+        if self.named is not None:
+            return State.NAMED
+        if self.offset == self.length:
+            return State.WHOLE
+        return State.WAITING if self.plan.role is Role.CONCATENATION else State.OPEN
+
+    @property
+    def named(self) -> Named | None:
+        """The file that it has become, if it is NAMED."""
+        return self.stored.state.named
+
+    # What may be done to it
+
+    async def announce_length(self, length: int) -> None:
+        """Note how many bytes it will have.
+
+        :raises Refused: ``LENGTH_MISMATCH`` if something else was announced, or more bytes are there;
+            ``BODY_TOO_LARGE``; and what the store refuses for want of space.
+        """
+        if length == self.length:
+            return
+        if self.length is not None or length < self.offset:
+            raise Refused(errors.LENGTH_MISMATCH)
+        if length > self._sessions.max_size:
+            raise Refused(errors.BODY_TOO_LARGE)
+        await self.stored.keep(self.stored.state.record, length)
+
+    async def append(
+        self, body: IRequestBody, proof: Proof | None = None, progress: Callable[[int], None] | None = None
+    ) -> None:
+        """Append the content of a request, and make it durable.
+
+        However this ends: what has arrived is kept as far as the store took it, unless there is a proof to it.
+
+        :param proof: what the content has to hash to.
+        :param progress: is told each offset that has become durable before the end.
+        :raises Refused: ``UPLOAD_FINISHED``, ``CONCATENATED``; ``UPLOAD_OVERRUN`` or ``BODY_TOO_LARGE``;
+            ``UPLOAD_TAKEN``; what the proof, the store or the body says.
+        :raises lwstwisted.errors.BodyCut: when the client left.
+        """
+        if self.state is State.NAMED:
+            raise Refused(errors.UPLOAD_FINISHED)
+        if self.plan.role is Role.CONCATENATION:
+            raise Refused(errors.CONCATENATED)
+        if self._is_unwanted:
+            raise Refused(errors.UPLOAD_TAKEN)
+        most = (self._sessions.max_size if self.length is None else self.length) - self.offset
+        overrun = errors.BODY_TOO_LARGE if self.length is None else errors.UPLOAD_OVERRUN
+        if body.length is not None and body.length > most:
+            raise Refused(overrun)
+        part = Appending(self.stored, self._sessions.clock, proof, progress)
+        transfer = self._transfer = Transfer(part, body.length, most, overrun)
+        try:
+            await body.deliver_to(cast(IConsumer, transfer))
+            await transfer.finish()
+        except BaseException as cut:
+            cause = transfer.failure or cut
+            try:
+                if proof is not None:
+                    raise
+                await transfer.keep()
+            except BaseException:
+                await transfer.abort()
+            raise cause from None
+        finally:
+            self._transfer = None
+
+    async def finish(self) -> Named:
+        """Make it a file, if it is WHOLE and no part; say which one it is, if it is NAMED.
+
+        :raises Refused: what the store refuses; it is WHOLE then, as before. With ``DIGEST_MISMATCH`` it is removed:
+            no other bytes can come.
+        """
+        if self.named is not None:
+            return self.named
+        assert self.state is State.WHOLE and self.plan.role is not Role.PART
+        try:
+            return await self.stored.name_it(self.plan.target, self.plan.conditions.check, self.plan.digests)
+        except Refused as refused:
+            if refused.refusal is errors.DIGEST_MISMATCH:
+                await self.cancel()
+            raise
+
+    async def cancel(self) -> None:
+        """Remove it; may be repeated. A file that it has become stays."""
+        if not self.is_gone:
+            self.is_gone = True
+            await self.stored.remove()
+
+    # For Sessions
+
+    def leave(self) -> None:
+        """Let a newer request have it, as soon as what has arrived is durable."""
+        self._is_unwanted = True
+        if self._transfer is not None:
+            self._transfer.stop(Refused(errors.UPLOAD_TAKEN))
+
+    def hold(self, stored: StoredUpload) -> None:
+        """The upload is this request's."""
+        self._stored = stored
+        plan = _plan_of(stored.state)
+        self.plan = plan if plan.target or plan.role is Role.PART else replace(plan, target=(self.id,))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the upload is this request's."""
+        return self._stored is not None
+
+    async def release(self) -> None:
+        """Let others have it."""
+        try:
+            if self._stored is not None:
+                await self._stored.release()
+        finally:
+            self._is_released = True
+            while self._waiters:
+                self._waiters.pop().callback(None)
+
+    async def wait_for_release(self) -> None:
+        """Wait until this request is over."""
+        if not self._is_released:
+            self._waiters.append(Deferred())
+            await self._waiters[-1]
+
+
+class Sessions:
+    """The resumable uploads of a store, for all protocols.
+
+    :param store: where they live.
+    :param max_size: bytes of one file at most.
+    :param lifetime: seconds that an upload is kept after its last byte.
+    :param reactor: for time; the global one by default.
+    :param path: the URL path of uploads, with a slash at both ends.
+    :param files_path: that of the files that they become.
+    :param public_url: what stands in front of both where a client has to be told an absolute URL, such as
+        ``https://up.example.org``; without it the URLs are paths.
+    """
+
+    def __init__(
+        self,
+        store: ResumableStore,
+        max_size: int = MAX_LENGTH,
+        *,
+        lifetime: float = LIFETIME,
+        reactor: Any = None,
+        path: str = "/uploads/",
+        files_path: str = "/files/",
+        public_url: str = "",
+    ) -> None:
+        if reactor is None:
+            from twisted.internet import reactor
+        self.max_size = max_size
+        self.clock: Any = reactor
+        self._store = store
+        self.lifetime = lifetime
+        self._path = path
+        self._files_path = files_path
+        self._public_url = public_url.rstrip("/")
+        self._requests: dict[str, deque[Session]] = {}
+        self._waiting: defaultdict[str, set[str]] = defaultdict(set)
+        self._looking, self._sweeping = LoopingCall(self._look_who_waits), LoopingCall(self._sweep)
+        self._looking.clock = self._sweeping.clock = self.clock
+
+    # URLs
+
+    def url_of(self, id: str) -> str:
+        """Where an upload is."""
+        return f"{self._public_url}{self._path}{id}"
+
+    def id_of(self, url: str) -> str:
+        """The id in a URL of :meth:`url_of`, absolute or not; "" if it is none."""
+        try:
+            path = urlsplit(url).path.removeprefix(urlsplit(self._public_url).path)
+        except ValueError:
+            return ""
+        return path.removeprefix(self._path) if path.startswith(self._path) else ""
+
+    def url_of_file(self, name: Name) -> str:
+        """Where a file is."""
+        return f"{self._public_url}{self._files_path}{'/'.join(quote(segment, safe='') for segment in name)}"
+
+    # Life
+
+    def start(self) -> None:
+        """Begin to look for uploads that have expired, and go on with concatenations that a restart has left."""
+        self._sweeping.start(SWEEP_TIME)
+        Deferred.fromCoroutine(self._look_at_concatenations())
+
+    def stop(self) -> None:
+        """The opposite of :meth:`start`."""
+        for call in (self._looking, self._sweeping):
+            if call.running:
+                call.stop()
+
+    # What requests ask for
+
+    @asynccontextmanager
+    async def begun(self, plan: Plan) -> AsyncIterator[Session]:
+        """Begin an upload, durably, and hold it.
+
+        :raises Refused: ``BODY_TOO_LARGE``, ``BAD_PARTS``; what could not be named as it is planned, or has no space.
+        """
+        if plan.length is not None and plan.length > self.max_size:
+            raise Refused(errors.BODY_TOO_LARGE)
+        for part in plan.parts:
+            await self._require_part(part)
+        name, check = plan.target or None, plan.conditions.check
+        stored = await self._store.begin_upload(_record_of(plan), plan.length, self.lifetime, name, check)
+        session = Session(self, stored.id)
+        session.hold(stored)
+        self._requests[session.id] = deque([session])
+        async with self._leaving(session):
+            try:
+                await self._settle(session)
+            except BaseException:
+                await session.cancel()  # nobody knows its id
+                raise
+            yield session
+
+    async def _require_part(self, id: str) -> None:
+        try:
+            plan = _plan_of(await self._store.look_at_upload(id))
+        except Refused as refused:
+            raise Refused(errors.BAD_PARTS) if refused.refusal is errors.UPLOAD_NOT_FOUND else refused from None
+        if plan.role is not Role.PART:
+            raise Refused(errors.BAD_PARTS)
+
+    @asynccontextmanager
+    async def opened(self, id: str, settle: bool = True) -> AsyncIterator[Session]:
+        """Hold an upload; whoever holds it is asked to leave.
+
+        :param settle: whether to do first what only waits for bytes that are there: to concatenate, to give a name.
+        :raises Refused: ``UPLOAD_NOT_FOUND``; ``UPLOAD_TAKEN`` if another process doesn't let go.
+        """
+        session = Session(self, id)
+        requests = self._requests.setdefault(id, deque())
+        earlier = list(requests)
+        requests.append(session)
+        async with self._leaving(session):
+            for one in earlier:
+                one.leave()
+            for one in earlier:
+                await one.wait_for_release()
+            session.hold(await self._open(id))
+            if settle:
+                await self._settle(session)
+            yield session
+
+    @asynccontextmanager
+    async def _leaving(self, session: Session) -> AsyncIterator[None]:
+        if not self._looking.running:
+            self._looking.start(WANTED_TIME, now=False)
+        try:
+            yield
+        finally:
+            is_whole = session.is_held and session.state is State.WHOLE
+            try:
+                await session.release()
+            finally:
+                requests = self._requests[session.id]
+                requests.remove(session)
+                if not requests:
+                    del self._requests[session.id]
+            if is_whole:
+                for waiting in self._waiting.pop(session.id, ()):
+                    Deferred.fromCoroutine(self._look_again(waiting))
+
+    async def _open(self, id: str) -> StoredUpload:
+        end = self.clock.seconds() + PATIENCE
+        while (stored := await self._store.open_upload(id)) is None:
+            if self.clock.seconds() > end:
+                raise Refused(errors.UPLOAD_TAKEN)
+            await deferLater(self.clock, ASK_AGAIN)
+        return stored
+
+    async def _settle(self, session: Session) -> None:
+        """Do what only waits for bytes that are there: concatenate, and give a name."""
+        if session.state is State.WAITING:
+            await self._concatenate(session)
+        # What a crash has kept from its name; whoever is refused it hears that when it asks to finish.
+        if session.state is State.WHOLE and session.plan.ends_at_length and session.plan.role is not Role.PART:
+            try:
+                await session.finish()
+            except Refused:
+                if session.is_gone:
+                    raise
+
+    async def _concatenate(self, session: Session) -> None:
+        """Append the parts, if all of them are whole."""
+        parts = session.plan.parts
+        for part in parts:  # before they are looked at: one may become whole meanwhile
+            self._waiting[part].add(session.id)
+        states = [await self._store.look_at_upload(part) for part in parts]
+        lengths = [state.length for state in states]
+        if None not in lengths:
+            await session.announce_length(sum(cast(list[int], lengths)))
+        if any(state.length is None or state.offset < state.length for state in states):
+            return
+        for part in parts:
+            self._waiting[part].discard(session.id)
+            async with self.opened(part) as opened:
+                await session.stored.take_from(opened.stored)
+        await session.stored.commit(memoryview(b""))
+
+    async def _look_at_concatenations(self) -> None:
+        for id in await self._store.list_uploads():
+            with suppress(Refused):
+                state = await self._store.look_at_upload(id)
+                if state.named is None and _plan_of(state).role is Role.CONCATENATION:
+                    await self._look_again(id)
+
+    async def _look_again(self, id: str) -> None:
+        """Go on with a concatenation whose part has become whole."""
+        try:
+            async with self.opened(id):
+                pass
+        except Refused:
+            pass  # it was cancelled, or waits for another part
+        except Exception:
+            _log.failure("a concatenation failed")
+
+    def _look_who_waits(self) -> None:
+        if not self._requests:
+            self._looking.stop()
+        # Who leaves may be gone before the next one is looked at.
+        for session in [session for requests in self._requests.values() for session in requests]:
+            if session.is_held and session.stored.is_wanted():
+                session.leave()
+
+    def _sweep(self) -> Deferred[int]:
+        def failed(reason: Failure) -> int:
+            if not reason.check(Refused):
+                _log.failure("looking for uploads that have expired failed", failure=reason)
+            return 0
+
+        return Deferred.fromCoroutine(self._store.sweep_uploads()).addErrback(failed)
+
+
+def _record_of(plan: Plan) -> dict[str, Any]:
+    return {
+        "target": plan.target,
+        "conditions": dict(plan.conditions.fields),
+        "digests": {name: digest.hex() for name, digest in plan.digests.items()},
+        "role": plan.role.value,
+        "parts": plan.parts,
+        "said": dict(plan.said),
+        "ends_at_length": plan.ends_at_length,
+    }
+
+
+def _plan_of(state: UploadState) -> Plan:
+    record = state.record
+    return Plan(
+        target=tuple(record["target"]),
+        length=state.length,
+        conditions=Conditions(record["conditions"]),
+        digests={name: bytes.fromhex(digest) for name, digest in record["digests"].items()},
+        role=Role(record["role"]),
+        parts=tuple(record["parts"]),
+        said=record["said"],
+        ends_at_length=record["ends_at_length"],
+    )
