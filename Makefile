@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed$(HERE)
 INSTALLED_TEST := $(VENV)/.installed-test$(HERE)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick bench fuzz powercut suites crash lint clean
+.PHONY: help run test quick bench fuzz powercut suites crash resume lint clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -28,6 +28,7 @@ run: $(INSTALLED)  ## serve uploads over HTTPS; PORT=8443 ROOT=./uploads
 
 test: $(INSTALLED_TEST) lint  ## linter, type checks and all tests, by pytest and by trial
 	@tests/install-apt.sh
+	@tests/clients/install-npm.sh
 	$(BIN)/python -m pytest
 	$(BIN)/python -W error -W "$(TWISTED_WARNS)" -m twisted.trial --reactor=lws tests
 
@@ -52,6 +53,12 @@ powercut: $(INSTALLED_TEST)  ## cut the power under load: 500 times by shutdown,
 
 crash: $(INSTALLED_TEST)  ## kill a service under load 300 times, and see what is left of its promises (ten minutes)
 	$(BIN)/python -m tests.crash
+
+resume: $(INSTALLED_TEST)  ## cut uploads of eight clients a dozen times each, and fifty on a bad network (five minutes)
+	@tests/install-apt.sh
+	@tests/clients/install-npm.sh
+	RESUME_MIB=64 RESUME_CUTS=4 $(BIN)/python -m pytest -s tests/test_resumable_clients.py
+	$(BIN)/python -m tests.test_bad_network 50 20
 
 lint: $(INSTALLED_TEST)  ## linter and type checks
 	$(BIN)/ruff check .
