@@ -40,6 +40,7 @@ from tests.contracts import (
     held,
     is_room,
     names_in,
+    put,
     refusal_of,
     refuse_all,
     require_room,
@@ -155,10 +156,11 @@ class Ruled:
         return call
 
 
-def again(work: Callable[[], T]) -> T:
+def again(work: Callable[[], T], between: Callable[[], object] = bool) -> T:
     """Do something that a single fault may keep from being done."""
     with contextlib.suppress(OSError):
         return work()
+    between()
     return work()
 
 
@@ -193,7 +195,8 @@ class Life:
             again(lambda: file.keep({"a": 2}, len(DATA)))
         self.reach(file, len(DATA))
         if not self.is_cancelled:
-            again(lambda: file.name_it(self.path, anything, {}))
+            # What replaced a file and could not be synced is for the next process.
+            again(lambda: file.name_it(self.path, anything, {}), tree.doubtful.clear)
             self.is_named = True
         self.is_ending = True
         with contextlib.suppress(OSError):
@@ -540,6 +543,18 @@ class SyncTests(LocalCase):
             assert await get(store, (f"{nth}",)) == b"file"
             await require_room(store, 1000 - 4 * nth)
 
+    async def test_replacement(self) -> None:
+        """A replacement whose folder could not be synced is never told to be durable by this process."""
+        store = self.make_store(threads=1)
+        await put(store, ("file",), b"old")
+        upload = await uploaded(store, b"file", 4)
+        await self.failing(2, store, lambda: upload.name_it(("file",)))
+        assert await get(store, ("file",)) == b"file"
+        await upload.release()
+        upload = await held(store, upload.id)
+        with traced("-e", "trace=fsync") as lines:
+            assert await refusal_of(upload.name_it(("file",))) is errors.STORE_FAILED
+        assert not any("fsync(" in line for line in lines)
 
     async def test_named_and_cancelled(self) -> None:
         """Cancelled between its name and the note of that, an upload leaves a file, which counts as one."""

@@ -71,6 +71,8 @@ class OpenPartial:
         except OSError:
             if is_new:
                 self._withdraw(folder, path[-1])
+            else:
+                self._tree.doubtful.add(os.fstat(self.descriptor).st_ino)
             raise
         return is_new
 

@@ -364,6 +364,8 @@ class UploadFile:
         if ours.st_nlink > 1:
             with suppress(FileNotFoundError, NotADirectoryError), self._tree.folder(path[:-1]) as folder:
                 if os.path.samestat(ours, os.lstat(path[-1], dir_fd=folder)):
+                    if ours.st_ino in self._tree.doubtful:
+                        raise OSError(errno.EIO, "the sync of this name has failed, and none is tried twice")
                     self._tree.sync_folder(folder)
                     return Named(True, found_of(ours).etag)
         return None

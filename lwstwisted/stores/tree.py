@@ -126,6 +126,7 @@ class Tree:
 
     def __init__(self, root: Path, durability: Durability, use_tmpfile: bool, sweep: bool = True) -> None:
         self.failure: OSError | None = None
+        self.doubtful: set[int] = set()  # inodes that replaced others under names that could not be synced
         self._durability = durability
         self._making = Lock()
         self._locks: NameLocks | None = None
