@@ -322,6 +322,8 @@ class DescriptorTests(FloodCase):
     def test_only_a_socket(self) -> None:
         """An upload has no file before its bytes are worth a write."""
         server, port = self.serve(1024)
+        # Its locks, and the folder of files under way: a start looks for uploads as well.
+        wait_until(lambda: len(server.open_beneath(self.root)) == 2, "the start was over")
         before, files = server.descriptors(), server.open_beneath(self.root)
         clients = []
         for number in range(50):
