@@ -378,7 +378,8 @@ class ResumableStore(Store, Protocol):
     ) -> StoredUpload:
         """Begin an upload, durably, and hold it.
 
-        :param record: what ``json`` can write; kept with it.
+        :param record: what ``json`` can write; kept with it. The segments of its ``target`` are the name that it will
+            have, unless that is its id: after a crash the store looks whether it has it.
         :param length: announced bytes, which are reserved; or None.
         :param lifetime: seconds after which it expires, from the last time on that something was written to it.
         :param name: what it is going to be named, if anything: what could not be named is refused now.

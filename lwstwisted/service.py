@@ -304,6 +304,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
         durability=options["durability"],
         minimum_free=options["min-free"],
         quota=options["quota"],
+        stops_with_reactor=False,  # else it would refuse what the uploads under way still have to write
     )
     sessions = Sessions(
         store,

@@ -1073,6 +1073,7 @@ class ResumableStoreContract:
             if what != "held":
                 await upload.release()
         assert await other.sweep_uploads() == 2
+        assert not uploads["held"].is_wanted()  # else its holder would leave
         assert sorted(await store.list_uploads()) == sorted([uploads["held"].id, uploads["young"].id])
         await uploads["held"].commit(memoryview(b" still"))
         await uploads["held"].release()

@@ -449,6 +449,22 @@ class SessionTests:
             assert time.monotonic() < end
         assert await get(store, ("file",)) == b"twoone,"
 
+    async def test_waiting_for_parts_that_grow(self) -> None:
+        """It doesn't expire before its parts; nobody is waited for who is gone."""
+        clock, store = Clock(), self.make_store()
+        sessions = self.make_sessions(store, reactor=clock)
+        part = await begin(sessions, Plan((), 4, role=Role.PART), b"on")
+        id = await begin(sessions, Plan(("file",), role=Role.CONCATENATION, parts=(part,)))
+        before = (await store.look_at_upload(id)).expires
+        sessions.start()
+        end = time.monotonic() + PATIENCE
+        while (await store.look_at_upload(id)).expires == before:
+            clock.advance(module.SWEEP_TIME)
+            assert time.monotonic() < end
+        await cancel(sessions, part)
+        await cancel(sessions, id)
+        assert not sessions._waiting
+
     async def test_bad_parts(self) -> None:
         """What isn't there, or is no part, can't be one; nothing is left of the attempt."""
         store = self.make_store()

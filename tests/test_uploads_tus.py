@@ -31,7 +31,7 @@ from lwstwisted.uploads.resumable import ResumableResource
 from lwstwisted.uploads.session import Sessions
 from tests.conformance import requires
 from tests.contracts import sample
-from tests.servers import PATIENCE, serving, tls_endpoint, twistd
+from tests.servers import PATIENCE, serving, tls_endpoint, twistd, wait_until
 from tests.test_service import parsed
 from tests.test_uploads_resource import Answer, SiteCase
 
@@ -1019,12 +1019,43 @@ class OptionTests(SynchronousTestCase):
             self.assertRaises(UsageError, parsed, "--allow-origin", text)
 
 
+def unread_bytes(port: int) -> int:
+    """What the kernel holds on both sides of connections to a port of 127.0.0.1 (proc_pid_net(5))."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    queues = [line[4] for line in lines if f":{port:04X}" in line[1] + line[2] and line[3] == "01"]
+    return sum(int(size, 16) for queue in queues for size in queue.split(":"))
+
+
 class ServiceTests(SynchronousTestCase):
     """The service as it is started."""
 
     def setUp(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lwstwisted-"))
         self.addCleanup(shutil.rmtree, self.folder)
+
+    def test_stopped_while_it_comes(self) -> None:
+        """What has arrived when the service is told to stop is there when it is back."""
+        options = ("--root", self.folder / "root", "--listen", "tcp:0")
+        for sent in (1000, 3_000_000):
+            with serving(twistd(*options), cwd=self.folder) as server:
+                port = server.wait_for_ports()[0]
+                client = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+                self.addCleanup(client.close)
+                client.request("POST", "/uploads/", headers={"Tus-Resumable": "1.0.0", "Upload-Length": "9000000"})
+                path = str(client.getresponse().headers["Location"])
+                client.putrequest("PATCH", path)
+                fields = {"Tus-Resumable": "1.0.0", "Upload-Offset": "0", "Content-Type": KIND}
+                for name, value in {**fields, "Content-Length": "9000000"}.items():
+                    client.putheader(name, value)
+                client.endheaders(bytes(sent))
+                wait_until(lambda: not unread_bytes(port), "the service had read it")  # noqa: B023
+                server.end()
+            with serving(twistd(*options), cwd=self.folder) as server:
+                client = http.client.HTTPConnection("127.0.0.1", server.wait_for_ports()[0], timeout=PATIENCE)
+                self.addCleanup(client.close)
+                client.request("HEAD", path, headers={"Tus-Resumable": "1.0.0"})
+                self.assertEqual(client.getresponse().headers["Upload-Offset"], str(sent))
+                client.close()
 
     def test_upload_over_restart(self) -> None:
         """Over TLS, an upload goes on in another process where the first was killed; options reach the answers."""

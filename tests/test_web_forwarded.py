@@ -68,6 +68,7 @@ class ForwardedTests(SynchronousTestCase):
             {"X-Forwarded-For": "6.6.6.6, 192.0.2.60, 10.1.2.3"},
             {"X-Forwarded-For": ["6.6.6.6", "192.0.2.60", "10.1.2.3"]},
             {"Forwarded": "for=6.6.6.6;host=evil.example, for=192.0.2.60;host=up.example, for=10.1.2.3"},
+            {"Forwarded": "For=6.6.6.6;Host=evil.example;,, for=192.0.2.60;;host=up.example;, ;for=10.1.2.3;"},
             {"Forwarded": ['for=6.6.6.6;host="evil.example"', "for=192.0.2.60;host=up.example", "for=10.1.2.3"]},
         ):
             self.assertEqual(client(fields), "192.0.2.60", fields)

@@ -297,6 +297,7 @@ class LocalStore:
         such limit. To count them is to look at each file, when the first of these processes starts.
     :param use_tmpfile: False gives every file a temporary name from the beginning, as on a file system
         without ``O_TMPFILE``.
+    :param stops_with_reactor: False for one whose owner calls :meth:`stop`, when the uploads under way have ended.
     :raises OSError: if the root cannot be made or written to. This blocks; it is meant for the start.
     """
 
@@ -310,6 +311,7 @@ class LocalStore:
         minimum_free: int = 0,
         quota: int | None = None,
         use_tmpfile: bool = True,
+        stops_with_reactor: bool = True,
     ) -> None:
         if reactor is None:
             from twisted.internet import reactor  # type: ignore[assignment]
@@ -318,6 +320,7 @@ class LocalStore:
             recover_batches(self._tree)
             usage = None if quota is None else self._tree.usage(self._count_bytes, quota)
             self._tree.space = Space(self._tree.partial, minimum_free, usage)
+            waiting.recover(self._tree)
         except BaseException:
             self._tree.close()
             raise
@@ -327,7 +330,7 @@ class LocalStore:
         self._batches: set[LocalBatch] = set()
         self._uploads: set[LocalUpload] = set()
         # A process whose threads go on doesn't end.
-        self._core = IReactorCore(reactor, None)
+        self._core = IReactorCore(reactor, None) if stops_with_reactor else None
         self._at_shutdown = self._core and self._core.addSystemEventTrigger("before", "shutdown", self._shut_down)
 
     def _count_bytes(self) -> int:
@@ -424,7 +427,7 @@ class LocalStore:
         It happens by itself when the reactor shuts down, and may be repeated.
         """
         trigger, self._at_shutdown = self._at_shutdown, None
-        if trigger is not None:
+        if trigger is not None and self._core is not None:
             self._core.removeSystemEventTrigger(trigger)
         self._threads.stopping = self._readers.stopping = True
         await self._readers.idle()

@@ -52,7 +52,7 @@ from lwstwisted.stores import record
 from lwstwisted.stores.hashing import RunningDigests
 from lwstwisted.stores.locks import lock_byte
 from lwstwisted.stores.placing import OpenPartial, finish_file
-from lwstwisted.stores.space import RESERVED_FROM, STEP, Reservation, fallocate
+from lwstwisted.stores.space import STEP, Reservation, fallocate
 from lwstwisted.stores.threads import Threads
 from lwstwisted.stores.tree import (
     OWN_NAME,
@@ -141,7 +141,7 @@ class UploadFile:
                 os.rename(temporary, self.id, src_dir_fd=tree.partial, dst_dir_fd=folder)
                 temporary = None
             self._data = os.open(data_name(self.id), _NEW, PARTIAL_MODE, dir_fd=folder)
-            space.allocate(self._data)
+            space.allocate(self._data, 1)  # between its requests nothing else keeps its space
             tree.sync_folder(folder)
         except BaseException:
             for name, where in ((self.id, folder), (data_name(self.id), folder), (temporary, tree.partial)):
@@ -283,7 +283,7 @@ class UploadFile:
 
     def _reserve(self, length: int) -> None:
         """Reserve blocks for what is still to come."""
-        if length - self._end >= RESERVED_FROM and os.fstatvfs(self._data).f_blocks:
+        if length > self._end and os.fstatvfs(self._data).f_blocks:
             for at in range(self._end, length, STEP):
                 if not fallocate(self._data, at, min(STEP, length - at)):
                     break
@@ -351,12 +351,21 @@ class UploadFile:
             if not self._hashes_to(digests, 0):
                 raise Refused(errors.DIGEST_MISMATCH)
             named = self._already(path) or self._publish(path, check, digests)
-            self._note(replace(self.state, named=named), has_changed=True)
-            with suppress(OSError, Refused), self._tree.folder(UPLOAD_FOLDER) as folder:
-                os.unlink(data_name(self.id), dir_fd=folder)
-            data, self._data = self._data, -1
-            os.close(data)
+            self._end_as(named)
             return named
+
+    def adopt(self, path: Segments) -> None:
+        """Note that it has its name, if a crash has kept that from being done."""
+        with self._entered:
+            if self.state.named is None and (named := self._already(path)) is not None:
+                self._end_as(named)
+
+    def _end_as(self, named: Named) -> None:
+        self._note(replace(self.state, named=named), has_changed=True)
+        with suppress(OSError, Refused), self._tree.folder(UPLOAD_FOLDER) as folder:
+            os.unlink(data_name(self.id), dir_fd=folder)
+        data, self._data = self._data, -1
+        os.close(data)
 
     def _already(self, path: Segments) -> Named | None:
         """What a crash behind the name has left."""

@@ -298,11 +298,14 @@ class Reservation:
         self._space.promise(-count)
         self._promised -= count
 
-    def allocate(self, descriptor: int) -> None:
-        """Reserve blocks of the file for what is announced, where that is worth it and can be done."""
+    def allocate(self, descriptor: int, least: int = RESERVED_FROM) -> None:
+        """Reserve blocks of the file for what is announced, where that is worth it and can be done.
+
+        :param least: bytes from which on it is worth it.
+        """
         length = self._promised
         # Without a limit (no blocks) a tmpfs would take all of the memory.
-        if length < RESERVED_FROM or not os.fstatvfs(descriptor).f_blocks:
+        if length < least or not os.fstatvfs(descriptor).f_blocks:
             return
         for offset in range(0, length, STEP):
             step = min(STEP, length - offset)

@@ -16,7 +16,7 @@ from lwstwisted.interfaces import UploadState
 from lwstwisted.stores import record
 from lwstwisted.stores.locks import lock_byte
 from lwstwisted.stores.resumable import HELD, UploadFile, data_name, open_record
-from lwstwisted.stores.tree import OWN_NAME, UPLOAD_FOLDER, Tree
+from lwstwisted.stores.tree import OWN_NAME, UPLOAD_FOLDER, Tree, encoded
 
 _started = time.time() - time.monotonic()
 
@@ -90,6 +90,25 @@ def expired(tree: Tree) -> Iterator[tuple[bytes, UploadState]]:
                 yield id, state
 
 
+def recover(tree: Tree) -> None:
+    """Note which uploads have their names, where a crash has kept that from being noted.
+
+    Before anybody is served: who replaces or deletes such a file would else see it come back with the upload.
+    """
+    for id in ids(tree):
+        with suppress(Refused, OSError, TypeError, ValueError):
+            with _seen(tree, id) as (file, folder):
+                state, _ = record.read(file)
+                data = _status(id, folder)
+            if state.named is None and data is not None and data.st_nlink > 1:
+                upload = UploadFile.open(tree, id)
+                if upload is not None:
+                    try:
+                        upload.adopt(encoded(tuple(state.record.get("target", ())) or (id.decode(),)))
+                    finally:
+                        upload.close()
+
+
 def is_held(tree: Tree, id: bytes) -> bool:
     """Whether somebody has an upload open, or has removed it meanwhile; nobody is told of the look."""
     try:
@@ -113,6 +132,8 @@ def is_readable(tree: Tree, id: bytes) -> bool:
 
 def sweep_one(tree: Tree, id: bytes) -> bool:
     """Remove an upload, if it has expired and nobody holds it; whether that was so."""
+    if is_held(tree, id):
+        return False  # to open it would make its holder leave
     try:
         upload = UploadFile.open(tree, id)
     except Refused:

@@ -36,7 +36,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer
@@ -326,7 +326,7 @@ class Sessions:
     def id_of(self, url: str) -> str:
         """The id in a URL of :meth:`url_of`, absolute or not; "" if it is none."""
         try:
-            path = urlsplit(url).path.removeprefix(urlsplit(self._public_url).path)
+            path = urlsplit(urljoin(self.url_of(""), url)).path.removeprefix(urlsplit(self._public_url).path)
         except ValueError:
             return ""
         return path.removeprefix(self._path) if path.startswith(self._path) else ""
@@ -410,6 +410,8 @@ class Sessions:
             yield
         finally:
             is_whole = session.is_held and session.state is State.WHOLE
+            if session.is_gone:
+                self._forget(session)
             try:
                 await session.release()
             finally:
@@ -420,6 +422,15 @@ class Sessions:
             if is_whole:
                 for waiting in self._waiting.pop(session.id, ()):
                     Deferred.fromCoroutine(self._look_again(waiting))
+
+    def _forget(self, session: Session) -> None:
+        """Nobody waits for an upload that is gone any more, nor does it wait for others."""
+        self._waiting.pop(session.id, None)
+        for part in session.plan.parts:
+            if part in self._waiting:
+                self._waiting[part].discard(session.id)
+                if not self._waiting[part]:
+                    del self._waiting[part]
 
     async def _open(self, id: str) -> StoredUpload:
         end = self.clock.seconds() + PATIENCE
@@ -489,7 +500,15 @@ class Sessions:
                 _log.failure("looking for uploads that have expired failed", failure=reason)
             return 0
 
-        return Deferred.fromCoroutine(self._store.sweep_uploads()).addErrback(failed)
+        return Deferred.fromCoroutine(self._renew_and_sweep()).addErrback(failed)
+
+    async def _renew_and_sweep(self) -> int:
+        for id in {waiting for all_waiting in self._waiting.values() for waiting in all_waiting}:
+            # As long as its parts are there: one that is gone refuses it.
+            with suppress(Refused):
+                async with self.opened(id) as session:
+                    await session.stored.keep(session.stored.state.record, session.length)
+        return await self._store.sweep_uploads()
 
 
 def _record_of(plan: Plan) -> dict[str, Any]:

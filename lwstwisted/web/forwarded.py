@@ -20,7 +20,7 @@ from twisted.web.http_headers import Headers
 
 Networks = Sequence[IPv4Network | IPv6Network]
 
-_PAIR = re.compile(r'\s*([!#$%&\'*+.^_`|~0-9a-z-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s";,]*))\s*(;|,|$)', re.IGNORECASE)
+_PAIR = re.compile(r'\s*(?:([!#$%&\'*+.^_`|~0-9a-z-]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s";,]*)))?\s*(;|,|$)', re.IGNORECASE)
 _NODE = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+)|([0-9a-fA-F:]+))(?::[0-9]+)?")
 
 Hop = dict[str, str]
@@ -88,11 +88,14 @@ def _elements(value: str) -> Iterator[Hop]:
             yield {}  # whatever stands behind it can't be told from what the client wrote
             return
         name, quoted, token, end = match.groups()
-        hop[name.lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted is not None else token
+        if name is not None:  # pairs and elements may be empty
+            hop[name.lower()] = re.sub(r"\\(.)", r"\1", quoted) if quoted is not None else token
         at = match.end()
-        if end != ";":
+        if end != ";" and hop:
             yield hop
             hop = Hop()
+    if hop:
+        yield hop
 
 
 def _address(node: str) -> IAddress | None:
