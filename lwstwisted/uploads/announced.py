@@ -20,3 +20,8 @@ def require_identity(request: Request) -> None:
     encodings = request.requestHeaders.getRawHeaders(b"content-encoding") or []
     if any(value.strip().lower() != b"identity" for value in encodings):
         raise Refused(errors.CONTENT_ENCODING)
+
+
+def media_type(request: Request) -> bytes:
+    """The media type of the bytes, without its parameters and in lower case; b"" if it isn't told."""
+    return (request.getHeader(b"content-type") or b"").partition(b";")[0].strip().lower()

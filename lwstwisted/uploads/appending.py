@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.web.server import Request
 
+from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
 from lwstwisted.interfaces import StoredUpload
+from lwstwisted.uploads.digests import OF_CONTENT, expected_digests
 
 CHECKPOINT = 16 * 1024 * 1024
 """Bytes after which an upload under way is made durable: what a crash costs at most."""
@@ -27,6 +30,15 @@ class Proof:
 
     expected: Callable[[], Mapping[str, bytes]]
     refusal: Refusal
+
+
+def content_proof(request: Request) -> Proof | None:
+    """What ``Content-Digest`` says of the content of a request.
+
+    :raises Refused: ``BAD_DIGEST``.
+    """
+    digests = expected_digests(request, OF_CONTENT)
+    return Proof(lambda: digests, errors.DIGEST_MISMATCH) if digests else None
 
 
 class Appending:

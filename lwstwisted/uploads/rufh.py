@@ -39,8 +39,8 @@ from lwstwisted import errors
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import IRequestBody, Name, Named
 from lwstwisted.stores.names import parse_name
-from lwstwisted.uploads.announced import require_identity, require_length
-from lwstwisted.uploads.appending import Proof
+from lwstwisted.uploads.announced import media_type, require_identity, require_length
+from lwstwisted.uploads.appending import Proof, content_proof
 from lwstwisted.uploads.conditions import Conditions
 from lwstwisted.uploads.digests import OF_CONTENT, OF_REPRESENTATION, expected_digests, repr_digest
 from lwstwisted.uploads.put import answer_stored
@@ -175,7 +175,7 @@ async def create(
         raise Refused(errors.NOT_AN_UPLOAD)
     _require_file(request, talk.is_complete)
     plan = _plan(request, talk.is_complete, _name_in(folder, request) if name is None else name)
-    proof = None if talk.is_complete else _proof(request)
+    proof = None if talk.is_complete else content_proof(request)
     plan = replace(plan, length=talk.length_from(body, 0))
     if plan.length is not None and plan.length > sessions.max_size:
         talk.say(False)
@@ -218,10 +218,10 @@ async def append(request: Request, body: IRequestBody, sessions: Sessions, id: s
     offset = _unsigned(request, b"upload-offset")
     if offset is None or talk.is_complete is None:
         raise Refused(errors.BAD_UPLOAD_FIELD)
-    if talk.version.has_part_type and _media_type(request) != PART_TYPE:
+    if talk.version.has_part_type and media_type(request) != PART_TYPE:
         raise Refused(errors.NOT_A_PART, {b"Accept-Patch": PART_TYPE})
     require_identity(request)
-    proof = _proof(request)
+    proof = content_proof(request)
     async with sessions.opened(id) as session:
         talk.say(False, session)
         if session.plan.role is not Role.FILE:
@@ -405,11 +405,6 @@ def _answer_for_file(session: Session, talk: _Talk, named: Named) -> None:
     answer_stored(request, named.created, named.etag, location)
 
 
-def _proof(request: Request) -> Proof | None:
-    digests = expected_digests(request, OF_CONTENT)
-    return Proof(lambda: digests, errors.DIGEST_MISMATCH) if digests else None
-
-
 def _item(request: Request, name: bytes, kind: type) -> Any:
     """The value of a structured field; None if it isn't there, or is something else."""
     values = request.requestHeaders.getRawHeaders(name)
@@ -427,12 +422,8 @@ def _unsigned(request: Request, name: bytes) -> int | None:
     return value if value is not None and value >= 0 else None
 
 
-def _media_type(request: Request) -> bytes:
-    return (request.getHeader(b"content-type") or b"").partition(b";")[0].strip().lower()
-
-
 def _is_form(request: Request) -> bool:
-    return request.method == b"POST" and _media_type(request) == b"multipart/form-data"
+    return request.method == b"POST" and media_type(request) == b"multipart/form-data"
 
 
 def _name_in(folder: Name | None, request: Request) -> Name:

@@ -32,10 +32,10 @@ from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
 from lwstwisted.interfaces import IRequestBody, Name
 from lwstwisted.stores.names import parse_name
-from lwstwisted.uploads.announced import require_identity
-from lwstwisted.uploads.appending import Proof
+from lwstwisted.uploads.announced import media_type, require_identity
+from lwstwisted.uploads.appending import Proof, content_proof
 from lwstwisted.uploads.conditions import Conditions
-from lwstwisted.uploads.digests import OF_CONTENT, OF_REPRESENTATION, expected_digests
+from lwstwisted.uploads.digests import OF_REPRESENTATION, expected_digests
 from lwstwisted.uploads.session import Plan, Role, Session, Sessions, State
 from lwstwisted.web.limits import MAX_LENGTH
 
@@ -298,8 +298,7 @@ def _require_content(request: Request, body: IRequestBody) -> Proof | None:
     announced = b",".join(request.requestHeaders.getRawHeaders(b"trailer") or ()).lower()
     if b"upload-checksum" in [name.strip() for name in announced.split(b",")]:
         return Proof(lambda: _checksum(_trailer(body)), errors.CHECKSUM_MISMATCH)
-    digests = expected_digests(request, OF_CONTENT)
-    return Proof(lambda: digests, errors.DIGEST_MISMATCH) if digests else None
+    return content_proof(request)
 
 
 def _trailer(body: IRequestBody) -> str:
@@ -320,8 +319,7 @@ def _checksum(said: str) -> dict[str, bytes]:
 
 
 def _is_appending(request: Request) -> bool:
-    kind = (request.getHeader(b"content-type") or b"").partition(b";")[0]
-    return kind.strip().lower() == CONTENT_TYPE
+    return media_type(request) == CONTENT_TYPE
 
 
 def _field(request: Request, name: bytes) -> str | None:
