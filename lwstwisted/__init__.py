@@ -64,7 +64,8 @@ The map. Each number is a floor, and imports go downwards only
     resource.py    5  which method goes where; downloads and listings
     cors.py        5  pages of other origins that upload
     resumable.py   6  /uploads/: which protocol and method goes where
-  service.py       8  options, and how it all is put together and taken down
+  options.py       1  what an operator may set, checked before anything is built
+  service.py       8  how it all is put together and taken down
   __main__.py      9  the command line
 
 A byte travels kernel, reactor, tls, channel, wire, put, transfer, store, disk. A turn

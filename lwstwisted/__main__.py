@@ -51,7 +51,7 @@ class Command(UsageOptions):
     @property
     def subCommands(self) -> list[tuple[str, None, object, str]]:
         """What it can do; the service is imported when it is asked for."""
-        from lwstwisted.service import Options
+        from lwstwisted.options import Options
 
         return [
             ("serve", None, Options, "Serve file uploads over HTTP(S)."),

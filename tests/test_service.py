@@ -30,17 +30,8 @@ from twisted.python.usage import UsageError
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from lwstwisted import service
-from lwstwisted.service import (
-    BACKLOG,
-    OWN_DESCRIPTORS,
-    Options,
-    curl_hints,
-    default_endpoint,
-    makeService,
-    on_loopback,
-    parse_size,
-    with_backlog,
-)
+from lwstwisted.options import BACKLOG, Options, on_loopback, parse_size, with_backlog
+from lwstwisted.service import OWN_DESCRIPTORS, curl_hints, default_endpoint, makeService
 from lwstwisted.web.limits import MAX_LENGTH, Limits
 from tests.servers import PATIENCE, free_port, serving, twistd
 from tests.test_uploads_transfer import GatedStore

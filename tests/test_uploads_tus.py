@@ -24,7 +24,7 @@ from twisted.web.server import Site
 
 from lwstwisted import errors
 from lwstwisted.errors import Refusal
-from lwstwisted.service import parse_span
+from lwstwisted.options import parse_span
 from lwstwisted.stores.local import LocalStore
 from lwstwisted.uploads import tus
 from lwstwisted.uploads.resumable import ResumableResource
