@@ -50,7 +50,8 @@ The map. Each number is a floor, and imports go downwards only
     conditions.py  1  what a client believes of a file: If-Match and its like
     origin.py      2  requests that a page of another site caused
     digests.py     1  what a client says its bytes hash to
-    parts.py       1  the parts of a form: limits, names; no I/O
+    disposition.py 1  the file name in a Content-Disposition
+    parts.py       2  the parts of a form: limits, names; no I/O
     pages.py       2  folders with their upload form, as HTML or JSON
     transfer.py    2  the bytes of one upload on their way to the store
     spooled.py     2  requests whose body a stock Site has spooled
@@ -60,9 +61,9 @@ The map. Each number is a floor, and imports go downwards only
     session.py     3  resumable uploads: one state, whichever protocol speaks of it
     rufh.py        4  the IETF's Resumable Uploads for HTTP
     tus.py         4  tus 1.0
-    openapi.py     5  the service described for programs: OpenAPI
-    resource.py    5  which method goes where; downloads and listings
     cors.py        5  pages of other origins that upload
+    openapi.py     5  the service described for programs: OpenAPI
+    resource.py    6  which method goes where; downloads and listings
     resumable.py   6  /uploads/: which protocol and method goes where
   options.py       1  what an operator may set, checked before anything is built
   service.py       8  how it all is put together and taken down

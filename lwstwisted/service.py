@@ -124,7 +124,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
     )
     root = Paths()  # type: ignore[no-untyped-call]
     root.putChild(b"", redirection(b"/" + FILES_PATH + b"/"))
-    root.putChild(FILES_PATH, UploadResource(store, options["max-size"], sessions))
+    root.putChild(FILES_PATH, UploadResource(store, options["max-size"], sessions, options["allowed-origins"]))
     root.putChild(UPLOADS_PATH, ResumableResource(sessions, options["allowed-origins"]))
     document = describe(
         f"/{FILES_PATH.decode()}/", options["max-size"], options["limits"], f"/{UPLOADS_PATH.decode()}/"

@@ -1,12 +1,12 @@
 """Which test holds the service to which sentence of a protocol, and the table of it in ``docs/conformance.md``.
 
-A test says what it holds us to::
+A test says what it holds us to, and by which sentences of a section, counted from 1, the text wants that::
 
-    @requires("tus", "PATCH", "MUST", "Another offset than that of the upload is answered by 409.")
+    @requires("tus", "Core: PATCH", "MUST", "Another offset than that of the upload is answered by 409.", 3, 5)
     async def test_wrong_offset(self) -> None:
 
 once for each requirement. ``python -m tests.conformance`` writes the table; ``tests/test_conformance.py`` fails where
-it isn't what would be written. Nothing here is a test.
+it isn't what would be written, and where a sentence has neither a test nor a reason. Nothing here is a test.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from unittest import TestCase
 
 TABLE = Path(__file__).parent.parent / "docs" / "conformance.md"
 MODULES = ("tests.test_uploads_tus", "tests.test_uploads_rufh")
-LEVELS = ("MUST", "SHOULD", "MAY")
+LEVELS = {"MUST": "M", "SHOULD": "S", "MAY": "O", "-": ""}
+"""How strongly something is wanted, as RFC 2119 has it, and the letter of that in :data:`SENTENCES`."""
 SPECS = {
     "tus": ("tus 1.0.0", "https://tus.io/protocols/resumable-upload"),
     "rufh": (
@@ -30,6 +31,83 @@ SPECS = {
     ),
 }
 """What may be named as ``spec``: title, and where the text is. A section of ``rufh`` is its number."""
+
+SENTENCES = {
+    "tus": {
+        "Core": "M",
+        "Core: Upload-Offset": "M",
+        "Core: Upload-Length": "M",
+        "Core: Tus-Version": "M M",
+        "Core: Tus-Resumable": "M M M M",
+        "Core: Tus-Extension": "M M",
+        "Core: Tus-Max-Size": "M S",
+        "Core: X-HTTP-Method-Override": "M M Sc",
+        "Core: HEAD": "M M S S M",
+        "Core: PATCH": "S MS M Oc M SOc M M M S S O S S",
+        "Core: OPTIONS": "Oc M O SM",
+        "Extensions": "S",
+        "Creation": "S M",
+        "Creation: Upload-Defer-Length": "M M",
+        "Creation: Upload-Metadata": "M M M SM M O O S",
+        "Creation: POST": "Mc M M M M M O Oc O M OM M M O Mc",
+        "Creation With Upload": "Oc M M Oc M SM Sc Sc",
+        "Expiration": "O M",
+        "Expiration: Upload-Expires": "O Sc M M O S S Sc M",
+        "Checksum": "O M Oc M O M M M M O M",
+        "Checksum: Tus-Checksum-Algorithm": "M",
+        "Checksum: Upload-Checksum": "M",
+        "Termination": "M",
+        "Termination: DELETE": "SM S",
+        "Concatenation": "M S M M M M Sc M Oc M M Sc O O O M S M M M M",
+        "Concatenation: Upload-Concat": "M M M OM",
+    },
+    "rufh": {
+        "4": "S S",
+        "4.1.1": "M M M",
+        "4.1.2": "M Sc",
+        "4.1.3": "Sc M M M",
+        "4.1.4": "O Mc Mc Mc Sc S Sc S S S Mc Mc M S M S S Sc",
+        "4.2.1": "Sc Sc Sc Sc Sc Oc",
+        "4.2.2": "S M M S M O M Sc Sc S S M",
+        "4.3.1": "Sc Mc MSc Mc Oc Sc Oc",
+        "4.3.2": "M M M M S S",
+        "4.4.1": "M Sc M Oc Sc Oc Oc",
+        "4.4.2": "S M M M S M M M S M S",
+        "4.5.2": "S S S",
+        "4.6": "Mc M M M S S O",
+        "5": "Oc M",
+        "6": "",
+        "7.1": "S",
+        "7.2": "",
+        "8": "",
+        "9": "",
+        "10.1": "S S S",
+        "10.2": "S",
+        "11.1.1": "Sc",
+        "12": "Sc",
+        "13": "S S M M S S S",
+        "B": "Mc M M Mc",
+    },
+}
+"""All sentences of a section with a word of RFC 2119, in their order: the letters of those words, NOT or not, and c
+where only a client can obey or use it. An item of a list counts as a sentence. Sections without any are listed where a
+test is marked with them."""
+
+LEFT_OUT = {
+    ("tus", "Core", 1): "that there is the core protocol is what its sections say",
+    ("tus", "Core: Tus-Extension", 2): "the list of extensions is never empty",
+    ("tus", "Expiration: Upload-Expires", 5): "a permission",
+    ("tus", "Expiration: Upload-Expires", 7): "410 needs a memory of uploads that have expired; there is none",
+    ("tus", "Concatenation", 13): "parts stay until they expire",
+    ("rufh", "4.1.4", 9): "there is no least size",
+    ("rufh", "4.1.4", 14): "not all resources can begin an upload, so OPTIONS * says nothing of limits",
+    ("rufh", "4.1.4", 15): "there is always a limit of time",
+    ("rufh", "4.6", 7): "the previous request is told, by 409",
+    ("rufh", "10.1", 3): "a digest that no client has told is not computed",
+    ("rufh", "13", 1): "who knows the URI is authorized; there are no users here",
+    ("rufh", "13", 5): "nothing looks for harm in what is uploaded",
+}
+"""What no test is for, and why."""
 
 _Test = TypeVar("_Test", bound=Callable[..., Any])
 
@@ -40,25 +118,31 @@ class Requirement:
 
     :ivar spec: a key of :data:`SPECS`.
     :ivar section: where it stands: a number such as ``4.2.1``, or a title.
-    :ivar level: one of :data:`LEVELS`: how strongly it is wanted; a negation counts as the same.
+    :ivar level: one of :data:`LEVELS`; ``-`` for what the text says without a word of RFC 2119, and clients rely on.
     :ivar text: what is wanted.
+    :ivar sentences: numbers of the sentences that want it.
     """
 
     spec: str
     section: str
     level: str
     text: str
+    sentences: tuple[int, ...]
 
 
-def requires(spec: str, section: str, level: str, text: str) -> Callable[[_Test], _Test]:
+def requires(spec: str, section: str, level: str, text: str, *sentences: int) -> Callable[[_Test], _Test]:
     """Mark a test as the one that holds us to a requirement; may be stacked. See :class:`Requirement`."""
-    if spec not in SPECS or level not in LEVELS or not section or not text:
-        raise ValueError(f"no requirement: {spec!r}, {section!r}, {level!r}, {text!r}")
+    try:
+        words, letter = SENTENCES[spec][section].split(), LEVELS[level]
+        if not text or bool(letter) != bool(sentences) or not all(letter in words[number - 1] for number in sentences):
+            raise ValueError
+    except (LookupError, ValueError):
+        raise ValueError(f"no requirement: {spec!r}, {section!r}, {level!r}, {text!r}, {sentences}") from None
 
     def mark(test: _Test) -> _Test:
         # The lowest decorator comes first, and the text is read from the top.
         marked: Any = test
-        marked.requirements = (Requirement(spec, section, level, text), *getattr(test, "requirements", ()))
+        marked.requirements = (Requirement(spec, section, level, text, sentences), *getattr(test, "requirements", ()))
         return test
 
     return mark
@@ -81,32 +165,56 @@ def marked_tests() -> Iterator[tuple[Requirement, str]]:
                         yield requirement, f"{name.rpartition('.')[2]}.py::{one.__name__}::{method}"
 
 
+def is_left_out(spec: str, section: str, number: int) -> bool:
+    """Whether a sentence is one for clients, or of :data:`LEFT_OUT`."""
+    return SENTENCES[spec][section].split()[number - 1].endswith("c") or (spec, section, number) in LEFT_OUT
+
+
+def in_doubt() -> list[tuple[str, str, int]]:
+    """Sentences that have neither a test nor a reason, or both of them."""
+    held = {(one.spec, one.section, number) for one, _ in marked_tests() for number in one.sentences}
+    return [where for where in every_sentence() if (where in held) == is_left_out(*where)]
+
+
+def every_sentence() -> Iterator[tuple[str, str, int]]:
+    """Where there is one: spec, section, number."""
+    for spec, sections in SENTENCES.items():
+        for section, words in sections.items():
+            for number in range(1, len(words.split()) + 1):
+                yield spec, section, number
+
+
 def table() -> str:
     """The text of :data:`TABLE`."""
-    found: dict[str, dict[str, dict[Requirement, list[str]]]] = {spec: {} for spec in SPECS}
+    found: dict[tuple[str, str], dict[Requirement, list[str]]] = {}
     for requirement, test in marked_tests():
-        section = found[requirement.spec].setdefault(requirement.section, {})
+        section = found.setdefault((requirement.spec, requirement.section), {})
         section.setdefault(requirement, []).append(test)
     lines = [
         "# What the protocols want, and which test holds us to it",
         "",
-        "Written by `python -m tests.conformance` from the tests themselves. The sentences are in our words. What is",
-        "tested more than once is tested under another kind of site, or of connection.",
+        "Written by `python -m tests.conformance` from the tests themselves, in our words. The numbers are those of",
+        "the sentences of a section that have a word of RFC 2119; what has none, and clients rely on, has no number.",
+        "What is tested more than once is tested under another kind of site, or of connection.",
     ]
     for spec, (title, place) in SPECS.items():
         lines += ["", f"## [{title}]({place})"]
-        order = sorted(found[spec], key=_number_of)  # titles stay in the order of the tests
-        for section in order:
-            lines += ["", f"### {section}", "", "| level | what is wanted | test |", "| --- | --- | --- |"]
-            for requirement, tests in found[spec][section].items():
-                text = requirement.text.replace("|", "\\|")
-                lines.append(f"| {requirement.level} | {text} | {', '.join(f'`{test}`' for test in tests)} |")
+        for section, words in SENTENCES[spec].items():
+            rows = found.get((spec, section), {})
+            lines += ["", f"### {section}"]
+            if rows:
+                lines += ["", "| | level | what is wanted | test |", "| --- | --- | --- | --- |"]
+            for requirement in sorted(rows, key=lambda row: row.sentences or (len(SENTENCES[row.spec][row.section]),)):
+                numbers, text = ", ".join(map(str, requirement.sentences)), requirement.text.replace("|", "\\|")
+                tests = ", ".join(f"`{test}`" for test in rows[requirement])
+                lines.append(f"| {numbers} | {requirement.level} | {text} | {tests} |")
+            left = [f"{number}: {why}." for (*where, number), why in LEFT_OUT.items() if where == [spec, section]]
+            clients = [str(number) for number, word in enumerate(words.split(), 1) if word.endswith("c")]
+            if clients:
+                left.append(f"For clients: {', '.join(clients)}.")
+            if left:
+                lines += ["", "Without a test: " + " ".join(left)]
     return "\n".join(lines) + "\n"
-
-
-def _number_of(section: str) -> list[int]:
-    numbers = section.split(" ")[0].split(".")
-    return [int(number) for number in numbers] if all(number.isdecimal() for number in numbers) else []
 
 
 if __name__ == "__main__":

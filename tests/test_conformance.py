@@ -1,10 +1,10 @@
-"""``docs/conformance.md`` is what the tests say."""
+"""``docs/conformance.md`` is what the tests say, and they leave out no sentence of the protocols."""
 
 from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from tests.conformance import SPECS, TABLE, marked_tests, requires, table
+from tests.conformance import LEFT_OUT, SPECS, TABLE, every_sentence, in_doubt, marked_tests, requires, table
 
 
 class TableTests(SynchronousTestCase):
@@ -19,7 +19,22 @@ class TableTests(SynchronousTestCase):
         must = {requirement.spec for requirement, _ in marked_tests() if requirement.level == "MUST"}
         self.assertEqual(must, set(SPECS))
 
+    def test_every_sentence_is_accounted_for(self) -> None:
+        """What a protocol wants of a server is held by a test, or there is a reason why not; never both."""
+        self.assertEqual(in_doubt(), [])
+        self.assertEqual(set(LEFT_OUT) - set(every_sentence()), set())
+
     def test_marks_that_mean_nothing(self) -> None:
-        """A protocol or level that nobody knows is refused where it is written."""
-        for words in (("http", "1", "MUST", "x"), ("tus", "1", "must", "x"), ("tus", "", "MUST", "x")):
+        """A protocol, level, section or sentence that nobody knows is refused where it is written."""
+        requires("tus", "Core: HEAD", "MUST", "x", 1)
+        for words in (
+            ("http", "4", "MUST", "x", 1),
+            ("tus", "Core: HEAD", "must", "x", 1),
+            ("tus", "", "MUST", "x", 1),
+            ("tus", "Core: HEAD", "MUST", "", 1),
+            ("tus", "Core: HEAD", "MUST", "x"),
+            ("tus", "Core: HEAD", "-", "x", 1),
+            ("tus", "Core: HEAD", "SHOULD", "x", 1),
+            ("tus", "Core: HEAD", "MUST", "x", 6),
+        ):
             self.assertRaises(ValueError, requires, *words)

@@ -11,7 +11,7 @@ import socket
 import ssl
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -180,6 +180,7 @@ class RufhCase(TestCase):
     site_class: Callable[..., Site] = StreamingSite
     is_tls = False
     max_size = MAX_SIZE
+    allowed_origins: Sequence[str] = ("*",)
 
     def setUp(self) -> None:
         from twisted.internet import reactor
@@ -193,8 +194,8 @@ class RufhCase(TestCase):
         self.sessions.start()
         self.addCleanup(self.sessions.stop)
         root = Resource()
-        root.putChild(b"files", UploadResource(self.store, self.max_size, self.sessions))
-        root.putChild(b"uploads", ResumableResource(self.sessions))
+        root.putChild(b"files", UploadResource(self.store, self.max_size, self.sessions, self.allowed_origins))
+        root.putChild(b"uploads", ResumableResource(self.sessions, self.allowed_origins))
         site = self.site_class(root, reactor=reactor, logPath=str(self.folder / "log"))
         if isinstance(site, StreamingSite):
             self.addCleanup(lambda: Deferred.fromCoroutine(site.stop()))
@@ -356,10 +357,10 @@ class TlsCase(RufhCase):
 class Conversations:
     """Whole uploads, for each of the drafts. A mixin, for TCP and TLS."""
 
-    @requires("rufh", "4.2.2", "SHOULD", "An upload resource is announced by a 104, if interim responses can be sent.")
-    @requires("rufh", "4.2.2", "MUST", "That 104 has the Location of the upload resource, and its Upload-Limit.")
-    @requires("rufh", "4.2.2", "SHOULD", "The answer says by Upload-Complete that the file is what it is about.")
-    @requires("rufh", "B (versions)", "MUST", "A 104 repeats the interop version of the request.")
+    @requires("rufh", "4.2.2", "SHOULD", "An upload resource is announced by a 104, where it can be sent.", 1)
+    @requires("rufh", "4.2.2", "MUST", "That 104 has the Location of the upload resource, and its Upload-Limit.", 2)
+    @requires("rufh", "4.2.2", "SHOULD", "The answer says by Upload-Complete that the file is what it is about.", 10)
+    @requires("rufh", "B", "MUST", "A 104 repeats the interop version of the request.", 3)
     async def test_in_one_request(self: Any) -> None:
         """The client is told where it could go on, and then what any PUT is told."""
         data = sample(200 * KIB)
@@ -384,16 +385,18 @@ class Conversations:
             self.assertEqual((again.status, again.body, again["Location"]), (204, b"", None), draft)
             self.assertEqual(self.stored(name), b"new")
 
-    @requires("rufh", "4.2.2", "MUST", "An unfinished creation is answered with Location and Upload-Limit, as 201.")
-    @requires("rufh", "4.2.2", "MUST", "Interim and final responses of a request have the same Location.")
-    @requires("rufh", "4.2.2", "MUST", "A length that was announced at the creation is recorded.")
-    @requires("rufh", "4.3.2", "MUST", "The offset is retrieved by HEAD: Upload-Offset, and Upload-Complete.")
-    @requires("rufh", "4.3.2", "MUST", "It comes with Upload-Length, if that is known, and with Upload-Limit.")
-    @requires("rufh", "4.3.2", "SHOULD", "It comes with Cache-Control: no-store.")
-    @requires("rufh", "4.4.2", "MUST", "An append that doesn't complete the upload is answered 2xx with ?0.")
-    @requires("rufh", "4.4.2", "MUST", "The answer to what completes an upload says ?1.")
-    @requires("rufh", "4.4.2", "SHOULD", "It is the answer that the resource of the creation would have given.")
-    @requires("rufh", "4.1.2", "MUST", "An upload is complete by ?1 with content that was fully processed.")
+    @requires("rufh", "4.2.2", "MUST", "An unfinished creation is answered with Location and Upload-Limit.", 3)
+    @requires("rufh", "4.2.2", "MUST", "Interim and final responses of a request have the same Location.", 7)
+    @requires("rufh", "4.2.2", "MUST", "A length that was announced at the creation is recorded.", 5)
+    @requires("rufh", "4.3.2", "MUST", "The offset is retrieved by HEAD: Upload-Offset, and Upload-Complete.", 1, 2)
+    @requires("rufh", "4.3.2", "MUST", "It comes with Upload-Length, if that is known, and with Upload-Limit.", 3, 4)
+    @requires("rufh", "4.3.2", "SHOULD", "It comes with Cache-Control: no-store.", 5)
+    @requires("rufh", "4.4.2", "-", "An append that doesn't complete the upload is answered 2xx with ?0.")
+    @requires("rufh", "4.4.2", "MUST", "The answer to what completes an upload says ?1.", 6)
+    @requires("rufh", "4.4.2", "SHOULD", "It is the answer that the resource of the creation would have given.", 5)
+    @requires("rufh", "4.1.2", "-", "An upload is complete by ?1 with content that was fully processed.")
+    @requires("rufh", "4.2.2", "SHOULD", "That answer is 201.", 4)
+    @requires("rufh", "4.4.2", "SHOULD", "All answers say by Upload-Complete whether they are those of the file.", 11)
     async def test_in_parts(self: Any) -> None:
         """Begun without an end, looked at, continued, and ended: the file is there only then, and whole."""
         data = sample(100_000)
@@ -431,9 +434,10 @@ class Conversations:
                     self.assertEqual(limits(answer)["max-size"], MAX_SIZE)
                     self.assertTrue(0 < limits(answer)[draft.age] <= LIFETIME, answer)
 
-    @requires("rufh", "4.2.2", "SHOULD", "What arrived of a creation that was cut is kept.")
-    @requires("rufh", "4.4.2", "SHOULD", "What arrived of an append that was cut is kept, without gaps.")
-    @requires("rufh", "4.4.2", "MUST", "An upload whose last request was cut is not complete.")
+    @requires("rufh", "4.2.2", "SHOULD", "What arrived of a creation that was cut is kept.", 11)
+    @requires("rufh", "4.4.2", "SHOULD", "What arrived of an append that was cut is kept, without gaps.", 1)
+    @requires("rufh", "4.4.2", "MUST", "An upload whose last request was cut is not complete.", 2)
+    @requires("rufh", "4.2.2", "MUST", "An upload whose creation was cut is not complete.", 12)
     async def test_cut_and_resumed(self: Any) -> None:
         """A client that lost its connection goes on where the server says, and the file is what it was meant to be."""
         data = sample(500_000)
@@ -461,7 +465,7 @@ class Conversations:
             self.assertEqual(last.status, 201, draft)
             self.assertEqual(self.stored(name), data)
 
-    @requires("rufh", "5", "MUST", "A 100 Continue is not left out because of a 104.")
+    @requires("rufh", "5", "MUST", "A 100 Continue is not left out because of a 104.", 2)
     async def test_100_continue(self: Any) -> None:
         """A client that waits for 100 gets the 104 first, and then its 100."""
         client = await self.connect()
@@ -473,9 +477,9 @@ class Conversations:
         answer = await deferToThread(client.answer)
         self.assertEqual((answer.status, self.stored("waits")), (201, b"text"))
 
-    @requires("rufh", "4.2.2", "MAY", "Further 104s tell the offset while the creation goes on.")
-    @requires("rufh", "4.4.2", "SHOULD", "104s tell the offset while an append goes on.")
-    @requires("rufh", "4.4.2", "MUST", "They have no Location.")
+    @requires("rufh", "4.2.2", "MAY", "Further 104s tell the offset while the creation goes on.", 6)
+    @requires("rufh", "4.4.2", "SHOULD", "104s tell the offset while an append goes on.", 9)
+    @requires("rufh", "4.4.2", "MUST", "They have no Location.", 10)
     async def test_progress(self: Any) -> None:
         """While a large body arrives, the client is told what it needn't keep any longer."""
         self.patch(appending, "CHECKPOINT", 64 * KIB)
@@ -511,8 +515,8 @@ class TlsConversationTests(TlsCase, Conversations):
 class VersionTests(RufhCase):
     """Versions that nobody knows, and what differs between those that are known."""
 
-    @requires("rufh", "B (versions)", "MUST", "There is no 104 where the interop version is missing or unknown.")
-    @requires("rufh", "11.1.1", "MAY", "Without an upload resource, Upload-Complete: ?1 changes nothing of a request.")
+    @requires("rufh", "B", "MUST", "There is no 104 where the interop version is missing or unknown.", 2)
+    @requires("rufh", "11.1.1", "-", "Without an upload resource, Upload-Complete: ?1 changes nothing of a request.")
     async def test_missing_or_unknown(self) -> None:
         """The client gets no interim response, and else the final text."""
         for number, said in enumerate((None, "0", "2", "9", '"8"', "8.0", "?1", "eight", "8, 8")):
@@ -545,7 +549,7 @@ class VersionTests(RufhCase):
         answer = await self.ask("PUT", "/files/x", b"data", {**DRAFTS[0].fields(), "Upload-Complete": "?0"})
         self.assertEqual((answer.status, answer.interim, answer["Upload-Incomplete"]), (204, (), None))
 
-    @requires("rufh", "6", "MUST", "What is appended has the type application/partial-upload.")
+    @requires("rufh", "6", "-", "What is appended has the type application/partial-upload.")
     async def test_type_of_a_part(self) -> None:
         """Drafts before -04 take any type; since then, another one is refused, and says what would do."""
         for draft in (*DRAFTS, FINAL):
@@ -581,9 +585,9 @@ class VersionTests(RufhCase):
 class CreationTests(RufhCase):
     """How uploads begin."""
 
-    @requires("rufh", "4", "SHOULD", "The URI of an upload resource is unique, and isn't used again.")
-    @requires("rufh", "13", "SHOULD", "Nobody can guess the URI of an upload resource.")
-    @requires("rufh", "13", "MUST", "That URI tells nothing of where and how the upload is stored.")
+    @requires("rufh", "4", "SHOULD", "The URI of an upload resource is unique, and isn't used again.", 1, 2)
+    @requires("rufh", "13", "SHOULD", "Nobody can guess the URI of an upload resource.", 2)
+    @requires("rufh", "13", "MUST", "That URI tells nothing of where and how the upload is stored.", 3)
     async def test_urls(self) -> None:
         """Each upload has another one, with 128 random bits."""
         paths = [await self.begin() for _ in range(20)]
@@ -612,7 +616,7 @@ class CreationTests(RufhCase):
         self.assertEqual((await self.go_on(path, 0, b"", True)).status, 201)
         self.assertEqual(self.stored("other"), b"")
 
-    @requires("rufh", "4.1.2", "MUST", "An Upload-Complete that is no Boolean is ignored.")
+    @requires("rufh", "4.1.2", "MUST", "An Upload-Complete that is no Boolean is ignored.", 1)
     async def test_no_boolean(self) -> None:
         """So the request is what it would be without it."""
         for said in ("1", "true", '"?1"', "?2", "", "?0, ?1", "(?1)"):
@@ -644,7 +648,7 @@ class CreationTests(RufhCase):
                 self.assertEqual((answer.status, answer["Location"]), (status, f"/files/deep/er/{quoted}"))
             self.assertEqual(self.stored(f"deep/er/{name}"), data)
 
-    @requires("rufh", "13", "MUST", "A name in the metadata is validated before it is used.")
+    @requires("rufh", "13", "MUST", "A name in the metadata is validated before it is used.", 4)
     async def test_names_that_nobody_may_have(self) -> None:
         """A filename is one segment, and no path to elsewhere; nothing is made of it."""
         for disposition in (
@@ -685,7 +689,7 @@ class CreationTests(RufhCase):
             answer = await self.ask("POST", path, form, {**LAST.fields(False), **kind})
             self.assertEqual((answer.status, answer.body.decode()), (415, errors.FORM_IN_PARTS.sentence + "\n"))
 
-    @requires("rufh", "8", "MAY", "A coded representation is refused, as in a conventional upload.")
+    @requires("rufh", "8", "-", "A coded representation is refused, as in a conventional upload.")
     async def test_what_put_refuses(self) -> None:
         """Codings, ranges, conditions and names are refused as by PUT, before a 104; the file says so."""
         (self.root / "taken").mkdir()
@@ -770,9 +774,9 @@ class StockSiteTests(RufhCase):
 class OffsetTests(RufhCase):
     """Where an upload is."""
 
-    @requires("rufh", "4.4.2", "MUST", "Another offset than that of the upload is refused by 409 with ?0.")
-    @requires("rufh", "4.4.2", "MUST", "That answer has the right Upload-Offset.")
-    @requires("rufh", "7.1", "SHOULD", "Its problem has expected-offset and provided-offset.")
+    @requires("rufh", "4.4.2", "MUST", "Another offset than that of the upload is refused by 409 with ?0.", 3)
+    @requires("rufh", "4.4.2", "MUST", "That answer has the right Upload-Offset.", 4)
+    @requires("rufh", "7.1", "SHOULD", "Its problem has expected-offset and provided-offset.", 1)
     async def test_mismatch(self) -> None:
         """Nothing is appended, and the client learns both offsets; of a finished upload too."""
         path = await self.begin(body=b"da")
@@ -789,8 +793,8 @@ class OffsetTests(RufhCase):
         self.assertEqual((answer.status, answer["Upload-Offset"]), (409, "4"))
         self.assert_says(answer, False)
 
-    @requires("rufh", "4.1.1", "MUST", "An Upload-Offset that is no unsigned Integer is ignored.")
-    @requires("rufh", "4.4.1", "MUST", "An append has Upload-Offset and Upload-Complete.")
+    @requires("rufh", "4.1.1", "MUST", "An Upload-Offset that is no unsigned Integer is ignored.", 3)
+    @requires("rufh", "4.4.1", "MUST", "An append has Upload-Offset and Upload-Complete.", 1, 3)
     async def test_fields_that_are_missing(self) -> None:
         """An append without its two fields, or with values that mean nothing, is refused, and changes nothing."""
         path = await self.begin(body=b"da")
@@ -813,7 +817,7 @@ class OffsetTests(RufhCase):
         self.assertEqual((await self.go_on(path, 2, b"ta", True, Content_Encoding="gzip")).status, 415)
         self.assertEqual((await self.look(path))["Upload-Offset"], "2")
 
-    @requires("rufh", "4.1.1", "MUST", "An upload of which something is lost is deactivated.")
+    @requires("rufh", "4.1.1", "MUST", "An upload of which something is lost is deactivated.", 2)
     async def test_lost_bytes(self) -> None:
         """Where the disk has lost bytes that were promised, the upload is gone."""
         path = await self.begin(body=b"data")
@@ -823,7 +827,8 @@ class OffsetTests(RufhCase):
         self.flushLoggedErrors()
         self.assertEqual((await self.go_on(path, 2, b"ta", True)).status, 404)
 
-    @requires("rufh", "4.3.2", "SHOULD", "An upload is never redirected by 301 or 302.")
+    @requires("rufh", "4.3.2", "SHOULD", "An upload is never redirected by 301 or 302.", 6)
+    @requires("rufh", "4.5.2", "SHOULD", "Nor is its DELETE.", 3)
     async def test_unknown(self) -> None:
         """What isn't an upload is 404, by any method; so is one that was finished and removed."""
         for path in ("/uploads/" + "0" * 32, "/uploads/x", "/uploads/" + "0" * 32 + "/x"):
@@ -840,8 +845,8 @@ class LengthTests(RufhCase):
         self.assertEqual(answer.problem["type"], PROBLEMS + "inconsistent-upload-length")
         self.assert_says(answer, False)
 
-    @requires("rufh", "4.1.3", "MUST", "Content-Length with ?1, and Upload-Length, agree in one request.")
-    @requires("rufh", "7.2", "MAY", "Lengths that don't are a problem of the type inconsistent-upload-length.")
+    @requires("rufh", "4.1.3", "MUST", "Content-Length with ?1, and Upload-Length, agree in one request.", 3)
+    @requires("rufh", "7.2", "-", "Lengths that don't are a problem of the type inconsistent-upload-length.")
     async def test_two_in_one_request(self) -> None:
         """A request that contradicts itself is refused before anything is made."""
         for draft in (LAST, FINAL):
@@ -854,8 +859,8 @@ class LengthTests(RufhCase):
         self.assertEqual((await self.go_on(path, 2, b"ta", True, Upload_Length="4")).status, 201)
         self.assertFalse(self.is_there("x"))
 
-    @requires("rufh", "4.1.3", "MUST", "The lengths of all requests agree.")
-    @requires("rufh", "4.4.2", "MUST", "A length that is announced by an append is recorded.")
+    @requires("rufh", "4.1.3", "MUST", "The lengths of all requests agree.", 4)
+    @requires("rufh", "4.4.2", "MUST", "A length that is announced by an append is recorded.", 7)
     async def test_in_two_requests(self) -> None:
         """An upload keeps to the length that was told first, whichever request that was."""
         path = await self.begin({"Upload-Length": "6"}, b"da")
@@ -870,7 +875,7 @@ class LengthTests(RufhCase):
         self.assert_inconsistent(await self.go_on(later, 4, b"", False, Upload_Length="3"))
         self.assertEqual((await self.go_on(later, 4, b"no", True)).status, 201)
 
-    @requires("rufh", "4.1.3", "MUST", "An Upload-Length that is no unsigned Integer is ignored.")
+    @requires("rufh", "4.1.3", "MUST", "An Upload-Length that is no unsigned Integer is ignored.", 2)
     async def test_no_integer(self) -> None:
         """It is as if it were not there."""
         for said in ("-1", "4.0", '"9"', "", "9, 9"):
@@ -879,7 +884,7 @@ class LengthTests(RufhCase):
             path = await self.begin({"Upload-Length": said}, name="y")
             self.assertIsNone((await self.look(path))["Upload-Length"], said)
 
-    @requires("rufh", "9", "MUST", "Offset and length count what is in the chunks of a chunked body.")
+    @requires("rufh", "9", "-", "Offset and length count what is in the chunks of a chunked body.")
     async def test_chunked(self) -> None:
         """An upload whose length nobody knew has the one that came."""
         data = sample(70_000)
@@ -890,7 +895,7 @@ class LengthTests(RufhCase):
         self.assertEqual((last.status, self.stored("x")), (201, data))
         self.assertEqual((await self.look(path))["Upload-Length"], "70000")
 
-    @requires("rufh", "4.4.2", "MUST", "What is longer than announced is refused, and the upload is invalid then.")
+    @requires("rufh", "4.4.2", "MUST", "What is longer than announced is refused, and the upload is invalid then.", 8)
     async def test_too_long(self) -> None:
         """Whether the request says so or only does it, the upload is gone, and no file is made."""
         for chunked in (False, True):
@@ -922,9 +927,9 @@ class LimitTests(RufhCase):
 
     max_size = 1000
 
-    @requires("rufh", "4.1.4", "MUST", "OPTIONS of what can begin an upload has its limits, never an empty field.")
-    @requires("rufh", "4.1.4", "SHOULD", "They are not less restrictive than those of an upload.")
-    @requires("rufh", "4.1.4", "SHOULD", "max-size doesn't decrease, and the end by max-age comes no earlier.")
+    @requires("rufh", "4.1.4", "MUST", "OPTIONS of what can begin an upload has its limits, never an empty field.", 13)
+    @requires("rufh", "4.1.4", "SHOULD", "They are not less restrictive than those of an upload.", 16)
+    @requires("rufh", "4.1.4", "SHOULD", "max-size doesn't decrease; the end by max-age comes no earlier.", 6, 8, 10)
     async def test_options(self) -> None:
         """Files, folders and uploads announce what an upload there will have."""
         for path in ("/files/x", "/files/folder/", "/uploads/"):
@@ -941,10 +946,13 @@ class LimitTests(RufhCase):
         seen = limits(await self.look(upload))
         self.assertTrue(0 < seen["max-age"] <= LIFETIME / 2, seen)
         self.patch(time, "time", now)
-        announced = await self.ask("OPTIONS", "/files/x", fields=DRAFTS[3].fields())
-        self.assertEqual(limits(announced), {"max-size": 1000, "expires": LIFETIME})
+        for draft, path in product(DRAFTS, ("/files/x", "/uploads/")):
+            announced = await self.ask("OPTIONS", path, fields=draft.fields())
+            wanted = None if draft.age is None else {"max-size": 1000, draft.age: LIFETIME}
+            self.assertEqual(limits(announced) if announced["Upload-Limit"] else None, wanted, (draft, path))
 
-    @requires("rufh", "4.1.4", "SHOULD", "A 413 because of the limits has Upload-Limit.")
+    @requires("rufh", "4.1.4", "SHOULD", "A 413 because of the limits has Upload-Limit.", 17)
+    @requires("rufh", "4.1.4", "MAY", "Files have a largest size.", 1)
     async def test_too_large(self) -> None:
         """By what is announced, or by what comes."""
         large = b"x" * 1001
@@ -982,8 +990,8 @@ class UnlimitedTests(RufhCase):
 class EndTests(RufhCase):
     """How uploads end."""
 
-    @requires("rufh", "4.1.2", "MUST", "Nothing is appended to a complete upload.")
-    @requires("rufh", "4.4.2", "MAY", "The last answer is repeated to who asks for it in the same way.")
+    @requires("rufh", "4.1.2", "-", "Nothing is appended to a complete upload.")
+    @requires("rufh", "4.4.2", "-", "The last answer is repeated to who asks for it in the same way.")
     async def test_completed(self) -> None:
         """Only an empty last request is answered, as before; the file stays as it is."""
         path = await self.begin(body=b"da")
@@ -1000,8 +1008,8 @@ class EndTests(RufhCase):
         self.assertEqual((await self.go_on(path, 4, b"", True, Upload_Length="5")).status, 400)
         self.assertEqual(self.stored(), b"data")
 
-    @requires("rufh", "13", "SHOULD", "What allowed an upload at its begin is looked at again at its end.")
-    @requires("rufh", "4.3.2", "MUST", "HEAD says ?1 if the file was answered for, be it by a refusal.")
+    @requires("rufh", "13", "SHOULD", "What allowed an upload at its begin is looked at again at its end.", 6)
+    @requires("rufh", "4.3.2", "MUST", "HEAD says ?1 if the file was answered for, be it by a refusal.", 2)
     async def test_refused_at_the_end(self) -> None:
         """A condition that held at the begin must hold at the end; that refusal is the file's, and final."""
         path = await self.begin({"If-None-Match": "*"}, b"da")
@@ -1051,7 +1059,7 @@ class EndTests(RufhCase):
         self.assertEqual(answer.status, 409)
         self.assert_says(answer, True)
 
-    @requires("rufh", "13", "SHOULD", "The time for which an upload resource can exist is limited.")
+    @requires("rufh", "13", "SHOULD", "The time for which an upload resource can exist is limited.", 7)
     async def test_expired(self) -> None:
         """An upload that nobody goes on with is gone after its max-age."""
         path = await self.begin(body=b"da")
@@ -1063,7 +1071,7 @@ class EndTests(RufhCase):
         await self.until_swept(1)
         self.assertEqual(((await self.look(late)).status, (await self.look(path)).status), (404, 204))
 
-    @requires("rufh", "4.5.2", "SHOULD", "DELETE deactivates the upload.")
+    @requires("rufh", "4.5.2", "SHOULD", "DELETE deactivates the upload.", 1)
     async def test_cancelled(self) -> None:
         """It is 204, and then 404; a finished file stays."""
         for is_complete in (False, True):
@@ -1082,6 +1090,7 @@ class EndTests(RufhCase):
 class WalkTests(RufhCase):
     """Requests in any order."""
 
+    @requires("rufh", "4.1.1", "MUST", "The offset doesn't decrease.", 1)
     async def test_any_order(self) -> None:
         """After each of them the upload is what the text says, and the file at its end is what was acknowledged."""
         met = set()
@@ -1180,9 +1189,9 @@ class Concurrency:
         self.assertEqual((await deferToThread(client.interim)).status, 100)
         return path, client
 
-    @requires("rufh", "4.6", "MUST", "A retrieved offset is true, and the next append is taken at it.")
-    @requires("rufh", "4.6", "SHOULD", "A newer request ends the older one, be that a creation or an append.")
-    @requires("rufh", "4.1.1", "MUST", "The offset doesn't decrease.")
+    @requires("rufh", "4.6", "MUST", "A retrieved offset is true, and the next append is taken at it.", 3, 4)
+    @requires("rufh", "4.6", "SHOULD", "A newer request ends the older one, be that a creation or an append.", 5, 6)
+    @requires("rufh", "4.1.1", "MUST", "The offset doesn't decrease.", 1)
     async def test_newest_wins(self: Any) -> None:
         """A client that comes back isn't kept waiting, and goes on at the offset that it is told."""
         for method, offset in (("PUT", 500), ("PATCH", 300)):
@@ -1197,7 +1206,7 @@ class Concurrency:
             self.assertIn(last.status, (201, 204), method)
             self.assertEqual(self.stored(), b"a" * offset + b"b" * (1000 - offset), method)
 
-    @requires("rufh", "4.6", "MUST", "Concurrent appends don't mix, and lose nothing that was acknowledged.")
+    @requires("rufh", "4.6", "MUST", "Concurrent appends don't mix, and lose nothing that was acknowledged.", 2)
     async def test_append_while_appending(self: Any) -> None:
         """An append takes over at the offset that is true then, or is told the true one."""
         path, older = await self.held("PUT")
@@ -1210,7 +1219,7 @@ class Concurrency:
         self.assertEqual((await deferToThread(older.answer)).status, 409)
         self.assertEqual(self.stored(), b"a" * 500 + b"b" * 500)
 
-    @requires("rufh", "4.5.2", "SHOULD", "DELETE ends the requests under way before it is answered.")
+    @requires("rufh", "4.5.2", "SHOULD", "DELETE ends the requests under way before it is answered.", 2)
     async def test_delete_while_appending(self: Any) -> None:
         """The upload is gone, and so is the request that brought it."""
         for method in ("PUT", "PATCH"):
@@ -1232,8 +1241,8 @@ class TlsConcurrencyTests(TlsCase, Concurrency):
 class DigestTests(RufhCase):
     """Integrity, of the file and of each request."""
 
-    @requires("rufh", "10.1", "SHOULD", "Repr-Digest of the creation is compared when the upload is complete.")
-    @requires("rufh", "10.1", "SHOULD", "If it differs, the upload has failed, and the client learns it.")
+    @requires("rufh", "10.1", "-", "Repr-Digest of the creation is compared when the upload is complete.")
+    @requires("rufh", "10.1", "SHOULD", "If it differs, the upload has failed, and the client learns it.", 1)
     async def test_of_the_file(self) -> None:
         """A file with other bytes gets no name; one with those bytes does, and keeps the digest."""
         for digest, status in ((digest_field(b"data"), 201), (digest_field(b"other"), 400)):
@@ -1249,7 +1258,7 @@ class DigestTests(RufhCase):
         kept = await self.ask("GET", "/files/file", fields={"Want-Repr-Digest": "sha-256=1"})
         self.assertEqual(kept["Repr-Digest"], digest_field(b"data"))
 
-    @requires("rufh", "10.1", "SHOULD", "Want-Repr-Digest of the creation is answered when the upload is complete.")
+    @requires("rufh", "10.1", "SHOULD", "A digest that the creation wants is told, if it is known.", 2)
     async def test_wanted(self) -> None:
         """By the algorithm that is preferred, if the file's digest is known."""
         digests = f"{digest_field(b'data')}, {digest_field(b'data', 'sha-512')}"
@@ -1265,7 +1274,7 @@ class DigestTests(RufhCase):
         path = await self.begin({"Want-Repr-Digest": "sha-256=1"}, b"da")
         self.assertIsNone((await self.go_on(path, 2, b"ta", True))["Repr-Digest"])
 
-    @requires("rufh", "10.2", "SHOULD", "Content that isn't what Content-Digest says is not appended, and refused.")
+    @requires("rufh", "10.2", "SHOULD", "Content that isn't what Content-Digest says is not appended, and refused.", 1)
     async def test_of_a_request(self) -> None:
         """Damaged content leaves the upload where it was, and may be sent again."""
         data = sample(MIB)

@@ -26,10 +26,13 @@ class Proof:
 
     :ivar expected: tells it by name of the algorithm, when the body has ended: it may be in a trailer.
     :ivar refusal: if it doesn't.
+    :ivar is_announced: whether the head has told of it. What is only in a trailer, and can't be known of before, costs
+        nobody whose body is cut what had come.
     """
 
     expected: Callable[[], Mapping[str, bytes]]
     refusal: Refusal
+    is_announced: bool = True
 
 
 def content_proof(request: Request) -> Proof | None:
@@ -61,6 +64,7 @@ class Appending:
         self._since = clock.seconds()
         self._checkpoint: Deferred[None] | None = None
         self._failure: Exception | None = None
+        self._begin = stored.state.offset
 
     async def append(self, data: memoryview) -> None:
         """See ``PartialFile``."""
@@ -69,7 +73,8 @@ class Appending:
         await self._stored.append(data)
         self._appended += len(data)
         is_due = self._appended >= CHECKPOINT or self._clock.seconds() - self._since >= CHECKPOINT_TIME
-        if is_due and self._proof is None and self._checkpoint is None:
+        is_free = self._proof is None or not self._proof.is_announced
+        if is_due and is_free and self._checkpoint is None:
             self._appended, self._since = 0, self._clock.seconds()
             self._checkpoint = Deferred()
             Deferred.fromCoroutine(self._make_durable())
@@ -90,10 +95,13 @@ class Appending:
         await self._settled()
         if self._failure is not None:
             raise self._failure
-        if self._proof is None:
+        expected = {} if self._proof is None else self._proof.expected()
+        if self._proof is None or not expected:
             return await self._stored.commit(data)
+        if self._stored.state.offset != self._begin:
+            raise Refused(errors.BAD_CHECKSUM)  # it comes too late for what is durable
         await self._stored.append(data)
-        if not await self._stored.verify(self._proof.expected()):
+        if not await self._stored.verify(expected):
             raise Refused(self._proof.refusal)
         return await self._stored.commit(memoryview(b""))
 

@@ -1,7 +1,8 @@
 """Pages of other origins that upload (CORS, https://fetch.spec.whatwg.org/#http-cors-protocol).
 
-A browser lets a page speak to another server only as far as that allows it. Here pages may begin and continue resumable
-uploads, and read all that the two protocols say, in refusals too. What keeps that harmless:
+A browser lets a page speak to another server only as far as that allows it. Here pages may begin resumable uploads,
+at ``/uploads/`` and at the place of a file, continue them, and read all that the two protocols say, in refusals too.
+Files they can't read. What keeps that harmless:
 
 * No answer allows credentials, so no cookie or password of a user goes along with such a request.
 * The protocols have fields that a plain form can't send, so a browser asks by a preflight first.

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from urllib.parse import unquote_to_bytes
 
 from multipart import MultipartError, MultipartSegment, ParserError, ParserLimitReached, PushMultipartParser
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
+from lwstwisted.uploads.disposition import decode_extended, parse_disposition
 
 SLICE = 64 * 1024
 """Bytes that are parsed at once: 0.1 ms of the loop, and a few copies of so much are all that parsing holds."""
@@ -36,22 +36,13 @@ BOUNDARY_LENGTH = 70
 
 _CHARACTERS = rb"[0-9A-Za-z'()+_,\-./:=?]"
 _BOUNDARY = re.compile(rb"(?:%b| (?=.))+" % _CHARACTERS, re.DOTALL)
-_TOKEN = r"[0-9A-Za-z!#$%&'*+\-.^_`|~]+"
-# A quoted value as browsers write it has no backslash escapes, as older clients do it has: both end at the same quote,
-# unless a backslash is the last character of a name.
-_PARAMETER = re.compile(rf'[ \t]*;[ \t]*({_TOKEN})[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|({_TOKEN}))[ \t]*', re.DOTALL)
 # Outside of quotes many clients write what is no token: "----=_Part_1:2".
 _TYPE_PARAMETER = re.compile(
     rb'[ \t]*;[ \t]*(?:([0-9A-Za-z!#$%%&\'*+\-.^_`|~]+)=(?:"([^"\\]*)"|(%b+))[ \t]*)?'
     % _CHARACTERS.replace(b",", b"")
 )
 _FORM_TYPE = re.compile(rb"[ \t]*multipart/form-data[ \t]*(?=;|$)", re.IGNORECASE)
-_DISPOSITION = re.compile(r"form-data[ \t]*(?=;|$)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_EXTENDED = re.compile(
-    r"(UTF-8|ISO-8859-1)'[0-9A-Za-z-]*'((?:[0-9A-Za-z!#$&+\-.^_`|~]|%[0-9A-Fa-f]{2})*)", re.IGNORECASE
-)
-"""RFC 8187 section 3.2.1; ISO-8859-1 is of its predecessor, RFC 5987."""
 _HEADER_LINE = re.compile(rb"[0-9A-Za-z!#$%&'*+\-.^_`|~]+:[^\x00-\x08\x0a-\x1f\x7f]*")
 _AS_IT_IS = {"7bit", "8bit", "binary"}
 
@@ -216,16 +207,12 @@ def _part_of(segment: MultipartSegment) -> Part:
 
 def _parameters(disposition: str) -> dict[str, str]:
     """The parameters of a Content-Disposition (RFC 7578 section 4.2)."""
-    kind = _DISPOSITION.match(disposition)
-    if kind is None:
+    try:
+        kind, found = parse_disposition(disposition, _unquoted)
+    except ValueError:
+        raise Refused(errors.BAD_FORM) from None
+    if kind != "form-data":
         raise Refused(errors.BAD_FORM)
-    at, found = kind.end(), dict[str, str]()
-    while at < len(disposition):
-        parameter = _PARAMETER.match(disposition, at)
-        if parameter is None or parameter[1].lower() in found:
-            raise Refused(errors.BAD_FORM)
-        found[parameter[1].lower()] = parameter[3] if parameter[2] is None else _unquoted(parameter[2])
-        at = parameter.end()
     return found
 
 
@@ -244,8 +231,7 @@ def _filename(parameters: dict[str, str]) -> bytes | None:
         if any(name.startswith("filename*") for name in parameters):
             raise Refused(errors.BAD_FORM)  # a name in pieces (RFC 2231 section 3), which no form may have
         return None
-    match = _EXTENDED.fullmatch(extended)
-    if match is None:
-        raise Refused(errors.NAME_ENCODING)
-    raw = unquote_to_bytes(match[2])
-    return raw if match[1].upper() == "UTF-8" else raw.decode("latin-1").encode()
+    try:
+        return decode_extended(extended)
+    except ValueError:
+        raise Refused(errors.NAME_ENCODING) from None

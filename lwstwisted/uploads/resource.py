@@ -19,7 +19,7 @@ which no script in it runs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -35,6 +35,7 @@ from lwstwisted.interfaces import Found, IRequestBody, IStreamingResource, Name,
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads import rufh
 from lwstwisted.uploads.conditions import Conditions, NotModified, is_range_wanted, satisfiable_range
+from lwstwisted.uploads.cors import ANY, CrossOrigin
 from lwstwisted.uploads.digests import repr_digest
 from lwstwisted.uploads.form import post_form
 from lwstwisted.uploads.origin import require_own_origin
@@ -47,6 +48,9 @@ from lwstwisted.web.limits import MAX_LENGTH
 SAFE_METHODS = {b"GET", b"HEAD", b"OPTIONS"}
 """They change nothing (RFC 9110 section 9.2.1), so a page of another site may cause them."""
 
+_BEGINNING = (b"POST", b"PUT")
+"""Methods that begin a resumable upload."""
+
 _ISOLATED = b"sandbox; default-src 'none'"
 
 
@@ -57,15 +61,23 @@ class UploadResource(Resource):
     :param store: where they live.
     :param max_size: bytes of one file at most.
     :param sessions: the resumable uploads of the store; None for a service without any.
+    :param allowed_origins: pages of which other origins may begin those, such as ``https://example.org``.
     """
 
     isLeaf = True
 
-    def __init__(self, store: Store, max_size: int = MAX_LENGTH, sessions: Sessions | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        max_size: int = MAX_LENGTH,
+        sessions: Sessions | None = None,
+        allowed_origins: Sequence[str] = (ANY,),
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._store = store
         self._max_size = max_size
         self._sessions = sessions
+        self._cross_origin = CrossOrigin(allowed_origins)
         self._methods: dict[bytes, Callable[[Request, IRequestBody], Coroutine[Any, Any, None]]] = {
             b"DELETE": self._delete,
             b"GET": self._get,
@@ -77,10 +89,15 @@ class UploadResource(Resource):
 
     def receive(self, request: Request, body: IRequestBody) -> Coroutine[Any, Any, None]:
         """See :class:`~lwstwisted.interfaces.IStreamingResource`."""
+        begins = request.method in _BEGINNING and self._sessions is not None and rufh.is_spoken(request)
+        if begins:
+            self._cross_origin.tell(request)
         allowed = self._allowed(request)
         if request.method not in allowed:
             raise Refused(errors.METHOD_NOT_ALLOWED, {b"Allow": b", ".join(allowed)})
-        if request.method not in SAFE_METHODS:
+        if begins and not rufh.is_form(request):
+            self._cross_origin.restrain(request, has_preflight=True)
+        elif request.method not in SAFE_METHODS:
             require_own_origin(request)
         return self._methods[request.method](request, body)
 
@@ -118,6 +135,10 @@ class UploadResource(Resource):
         request.setHeader(b"Allow", b", ".join(self._allowed(request)))
         if self._sessions is not None:
             rufh.tell_limit(request, self._sessions)
+            if request.getHeader(b"access-control-request-method") in _BEGINNING:
+                # What doesn't begin an upload is refused none the less; and no page of elsewhere reads a file.
+                self._cross_origin.tell(request)
+                self._cross_origin.tell_allowed(request, _BEGINNING)
         request.finish()
 
     async def _get(self, request: Request, body: IRequestBody) -> None:

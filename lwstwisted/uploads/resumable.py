@@ -83,7 +83,7 @@ class ResumableResource(Resource):
     async def _options(self, request: Request, body: IRequestBody) -> None:
         allowed = _OF_ALL if (request.postpath or [b""]) == [b""] else _OF_ONE
         tus.limits(request, self._sessions, has_trailers=not isinstance(body, SpooledBody))
-        request.setHeader(b"Upload-Limit", rufh.upload_limit(self._sessions))
+        rufh.tell_limit(request, self._sessions)
         request.setHeader(b"Accept-Patch", b"application/partial-upload, " + tus.CONTENT_TYPE)
         request.setHeader(b"Allow", b", ".join(allowed))
         self._cross_origin.tell_allowed(request, [*allowed, b"POST"] if allowed is _OF_ONE else allowed)

@@ -28,7 +28,6 @@ import re
 import time
 from dataclasses import dataclass, replace
 from typing import Any, cast
-from urllib.parse import unquote_to_bytes
 
 import http_sf
 from twisted.web.http import CREATED, NO_CONTENT
@@ -43,6 +42,7 @@ from lwstwisted.uploads.announced import media_type, require_identity, require_l
 from lwstwisted.uploads.appending import Proof, content_proof
 from lwstwisted.uploads.conditions import Conditions
 from lwstwisted.uploads.digests import OF_CONTENT, OF_REPRESENTATION, expected_digests, repr_digest
+from lwstwisted.uploads.disposition import decode_extended, parse_disposition
 from lwstwisted.uploads.put import answer_stored
 from lwstwisted.uploads.session import Plan, Role, Session, Sessions, State
 from lwstwisted.web.request import StreamingRequest
@@ -57,14 +57,6 @@ _INTEROP = b"Upload-Draft-Interop-Version"
 _WANTED = "want-repr-digest"
 _REFUSED = "refused"
 """Under this name, an upload's record has the refusal that its file was answered with."""
-
-_TOKEN = rb"[0-9A-Za-z!#$%&'*+\-.^_`|~]+"
-_DISPOSITION = re.compile(rb"[ \t]*%b[ \t]*(?=;|$)" % _TOKEN)
-_PARAMETER = re.compile(
-    rb'[ \t]*;[ \t]*(%b)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|(%b))[ \t]*' % (_TOKEN, _TOKEN), re.DOTALL
-)
-_EXTENDED = re.compile(rb"(UTF-8|ISO-8859-1)'[0-9A-Za-z-]*'((?:[0-9A-Za-z!#$&+\-.^_`|~]|%[0-9A-Fa-f]{2})*)", re.I)
-"""RFC 8187 section 3.2.1; ISO-8859-1 is of its predecessor, RFC 5987."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +107,11 @@ def is_spoken(request: Request) -> bool:
     return has(b"upload-complete") or has(b"upload-incomplete")
 
 
+def is_form(request: Request) -> bool:
+    """Whether a request brings the files of a form."""
+    return request.method == b"POST" and media_type(request) == b"multipart/form-data"
+
+
 def version_of(request: Request) -> Version:
     """What the client of a request speaks; :data:`FINAL` if it doesn't say so, or something unknown."""
     return VERSIONS.get(_item(request, _INTEROP, int), FINAL)
@@ -150,7 +147,7 @@ def begins_upload(request: Request, body: IRequestBody, sessions: Sessions) -> b
     talk = _Talk(request, sessions)
     if talk.is_complete is None:
         return False
-    if _is_form(request):
+    if is_form(request):
         return not talk.is_complete  # to be refused there
     is_cheaper = request.method == b"PUT" and talk.is_complete and not talk.has_interim and body.length is not None
     if is_cheaper:
@@ -256,7 +253,7 @@ async def cancel(request: Request, body: IRequestBody, sessions: Sessions, id: s
 
 def _require_file(request: Request, is_complete: bool) -> None:
     """:raises Refused: for a request whose content is no file, or not one that can be stored as it comes."""
-    if _is_form(request):
+    if is_form(request):
         raise Refused(errors.FORM_IN_PARTS)
     if request.requestHeaders.hasHeader(b"content-range"):
         raise Refused(errors.CONTENT_RANGE)
@@ -422,10 +419,6 @@ def _unsigned(request: Request, name: bytes) -> int | None:
     return value if value is not None and value >= 0 else None
 
 
-def _is_form(request: Request) -> bool:
-    return request.method == b"POST" and media_type(request) == b"multipart/form-data"
-
-
 def _name_in(folder: Name | None, request: Request) -> Name:
     disposition = request.getHeader(b"content-disposition")
     filename = None if disposition is None else filename_in(disposition)
@@ -441,21 +434,16 @@ def filename_in(disposition: bytes) -> bytes | None:
 
     :raises Refused: ``BAD_DISPOSITION``.
     """
-    kind = _DISPOSITION.match(disposition)
-    if kind is None:
-        raise Refused(errors.BAD_DISPOSITION)
-    at, found = kind.end(), dict[bytes, bytes]()
-    while at < len(disposition):
-        parameter = _PARAMETER.match(disposition, at)
-        if parameter is None or parameter[1].lower() in found:
-            raise Refused(errors.BAD_DISPOSITION)
-        quoted = parameter[2]
-        found[parameter[1].lower()] = parameter[3] if quoted is None else re.sub(rb"\\(.)", rb"\1", quoted, flags=re.S)
-        at = parameter.end()
-    if b"filename*" not in found:
-        return found.get(b"filename")
-    extended = _EXTENDED.fullmatch(found[b"filename*"])
-    if extended is None:
-        raise Refused(errors.BAD_DISPOSITION)
-    raw = unquote_to_bytes(extended[2])
-    return raw if extended[1].upper() == b"UTF-8" else raw.decode("latin-1").encode()
+    try:
+        _, found = parse_disposition(disposition.decode("utf-8", "surrogateescape"), _unquoted)
+        if "filename*" in found:
+            return decode_extended(found["filename*"])
+    except ValueError:
+        raise Refused(errors.BAD_DISPOSITION) from None
+    filename = found.get("filename")
+    return None if filename is None else filename.encode("utf-8", "surrogateescape")
+
+
+def _unquoted(value: str) -> str:
+    r"""A quoted-string (RFC 9110 section 5.6.4): \" and \\."""
+    return re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)

@@ -212,7 +212,7 @@ class Session:
         except BaseException as cut:
             cause = transfer.failure or cut
             try:
-                if proof is not None:
+                if proof is not None and proof.is_announced:
                     raise
                 await transfer.keep()
             except BaseException:
@@ -380,6 +380,13 @@ class Sessions:
             raise Refused(errors.BAD_PARTS) if refused.refusal is errors.UPLOAD_NOT_FOUND else refused from None
         if plan.role is not Role.PART:
             raise Refused(errors.BAD_PARTS)
+
+    async def look(self, id: str) -> UploadState:
+        """How an upload is; whoever holds it goes on.
+
+        :raises Refused: ``UPLOAD_NOT_FOUND``.
+        """
+        return await self._store.look_at_upload(id)
 
     @asynccontextmanager
     async def opened(self, id: str, settle: bool = True) -> AsyncIterator[Session]:

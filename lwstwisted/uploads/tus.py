@@ -13,8 +13,8 @@ of it. If the file may not be (its name is a folder's, the conditions of the cre
 bytes are not what ``Repr-Digest`` said), the last PATCH and each HEAD are refused with that: a client must not take
 an offset for a success.
 
-A checksum in a trailer has to be announced by ``Trailer: Upload-Checksum``: only then are the bytes in front of it kept
-back, while those of any other request count as they come.
+A checksum in a trailer should be announced by ``Trailer: Upload-Checksum``: only then are the bytes in front of it kept
+back, while those of any other request count as they come, and one for bytes that count already is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from twisted.web.server import Request
 
 from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
-from lwstwisted.interfaces import IRequestBody, Name
+from lwstwisted.interfaces import IRequestBody, Name, UploadState
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.announced import media_type, require_identity
 from lwstwisted.uploads.appending import Proof, content_proof
@@ -110,7 +110,8 @@ def is_spoken(request: Request) -> bool:
 
 def method_of(request: Request) -> bytes:
     """The method that a request of tus means, be the actual one what it may."""
-    return request.getHeader(b"x-http-method-override") or request.method
+    override = request.getHeader(b"x-http-method-override")
+    return override.upper() if override else request.method
 
 
 def require_version(request: Request) -> None:
@@ -190,21 +191,34 @@ async def append(request: Request, body: IRequestBody, sessions: Sessions, id: s
     :raises Refused: what has arrived is kept, as far as the offset says, unless it came with a checksum.
     :raises lwstwisted.errors.BodyCut: likewise, when the client left.
     """
-    proof = _require_content(request, body)
-    offset, length = _integer(request, b"upload-offset"), _integer(request, b"upload-length")
-    if offset is None:
-        raise Refused(errors.BAD_UPLOAD_FIELD)
+    try:
+        proof = _require_content(request, body)
+        offset, length = _integer(request, b"upload-offset"), _integer(request, b"upload-length")
+        if offset is None:
+            raise Refused(errors.BAD_UPLOAD_FIELD)
+    except Refused:
+        _tell_expiry(request, await sessions.look(id))
+        raise
     async with sessions.opened(id) as session:
-        _tell_expiry(request, session)
+        _tell_expiry(request, session.stored.state)
         if session.plan.role is Role.CONCATENATION:
             raise Refused(errors.CONCATENATED)
         if offset != session.offset:
-            raise Refused(errors.OFFSET_MISMATCH, {b"Upload-Offset": b"%d" % session.offset})
+            raise Refused(
+                errors.OFFSET_MISMATCH,
+                {b"Upload-Offset": b"%d" % session.offset},
+                {"expected-offset": session.offset, "provided-offset": offset},
+            )
         if length is not None:
             await session.announce_length(length)
         # Who hasn't heard that his upload is finished asks again, without any bytes.
         if session.state is not State.NAMED or body.length != 0:
-            await session.append(body, proof)
+            try:
+                await session.append(body, proof)
+            except Refused as refused:
+                if refused.refusal is errors.BAD_CHECKSUM and session.offset != offset:
+                    await session.cancel()  # bytes that count already can't be proven any more, nor taken back
+                raise
         await _finish(request, session, sessions)
         request.setHeader(b"Upload-Offset", b"%d" % session.offset)
     _answer(request, NO_CONTENT)
@@ -298,11 +312,18 @@ def _require_content(request: Request, body: IRequestBody) -> Proof | None:
     announced = b",".join(request.requestHeaders.getRawHeaders(b"trailer") or ()).lower()
     if b"upload-checksum" in [name.strip() for name in announced.split(b",")]:
         return Proof(lambda: _checksum(_trailer(body)), errors.CHECKSUM_MISMATCH)
-    return content_proof(request)
+    if (proof := content_proof(request)) is None and body.length is None:
+        proof = Proof(lambda: _checksum(_trailer(body)) if _in_trailer(body) else {}, errors.CHECKSUM_MISMATCH, False)
+    return proof
+
+
+def _in_trailer(body: IRequestBody) -> list[bytes]:
+    """The checksums behind a body that has ended."""
+    return [value for name, value in body.trailers if name.lower() == b"upload-checksum"]
 
 
 def _trailer(body: IRequestBody) -> str:
-    found = [value for name, value in body.trailers if name.lower() == b"upload-checksum"]
+    found = _in_trailer(body)
     if len(found) != 1:
         raise Refused(errors.BAD_CHECKSUM)
     return _text(found[0], errors.BAD_CHECKSUM)
@@ -356,14 +377,14 @@ async def _finish(request: Request, session: Session, sessions: Sessions) -> Non
         request.setHeader(b"Content-Location", sessions.url_of_file(session.plan.target).encode("ascii"))
         if named.etag:
             request.setHeader(b"ETag", named.etag.encode("ascii"))
-    _tell_expiry(request, session)
+    _tell_expiry(request, session.stored.state)
 
 
-def _tell_expiry(request: Request, session: Session) -> None:
-    if session.state is State.NAMED:
+def _tell_expiry(request: Request, state: UploadState) -> None:
+    if state.named is not None:
         request.responseHeaders.removeHeader(b"Upload-Expires")
     else:
-        request.setHeader(b"Upload-Expires", datetimeToString(session.expires))
+        request.setHeader(b"Upload-Expires", datetimeToString(state.expires))
 
 
 def _answer(request: Request, status: int) -> None:

@@ -22,6 +22,9 @@ from lwstwisted.errors import BodyCut, BodyStopped, Refusal, Refused
 UNSENT = 128 * 1024
 """Bytes that wait in the kernel for room on the line: two slices of an answer, so that it never idles."""
 
+_REASONS = {460: b"Checksum Mismatch"}
+"""Of statuses that Twisted doesn't know: tus 1.0."""
+
 _ACKNOWLEDGED = slice(120, 128)
 """tcpi_bytes_acked in struct tcp_info (linux/tcp.h)."""
 
@@ -38,7 +41,7 @@ def answer_refusal(request: Request, refused: Refused) -> None:
     if refusal.problem:
         problem = {"type": refusal.problem, "title": refusal.sentence, "status": refusal.status, **refused.members}
         kind, content = b"application/problem+json", json.dumps(problem).encode() + b"\n"
-    request.setResponseCode(refusal.status, RESPONSES.get(refusal.status, b"Refused"))
+    request.setResponseCode(refusal.status, RESPONSES.get(refusal.status) or _REASONS.get(refusal.status, b"Refused"))
     request.setHeader(b"Content-Type", kind)
     request.setHeader(b"Content-Length", b"%d" % len(content))
     request.setHeader(b"X-Content-Type-Options", b"nosniff")
