@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed$(HERE)
 INSTALLED_TEST := $(VENV)/.installed-test$(HERE)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quick bench fuzz powercut suites crash resume lint clean
+.PHONY: help run test quick bench fuzz powercut suites crash soak resume lint clean
 .NOTPARALLEL:
 
 help:  ## show this list
@@ -53,6 +53,9 @@ powercut: $(INSTALLED_TEST)  ## cut the power under load: 500 times by shutdown,
 
 crash: $(INSTALLED_TEST)  ## kill a service under load 300 times, and see what is left of its promises (ten minutes)
 	$(BIN)/python -m tests.crash
+
+soak: $(INSTALLED_TEST)  ## mixed traffic for half an hour: nothing may grow, nobody may complain
+	$(BIN)/python -m tests.soak
 
 resume: $(INSTALLED_TEST)  ## cut uploads of eight clients a dozen times each, and fifty on a bad network (five minutes)
 	@tests/install-apt.sh

@@ -121,17 +121,32 @@ class Server:
         """Bytes of memory that it has had resident at most."""
         return self._status("VmHWM") * 1024
 
+    def memory(self) -> int:
+        """Bytes of memory that it has resident."""
+        return self._status("VmRSS") * 1024
+
     def descriptors(self) -> int:
         """How many files and sockets it has open."""
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
-    def open_beneath(self, folder: Path) -> list[str]:
-        """Files that it has open beneath a folder, also those without a name."""
+    def connections(self) -> int:
+        """How many TCP connections it has."""
+        inodes = {name[8:-1] for name in self._descriptors() if name.startswith("socket:[")}
+        lines = Path(f"/proc/{self.process.pid}/net/tcp").read_text().splitlines()[1:]
+        # proc_net_tcp(5): the fourth field is the state, 0A for one that listens; the tenth is the inode.
+        return sum(fields[9] in inodes and fields[3] != "0A" for fields in map(str.split, lines))
+
+    def _descriptors(self) -> list[str]:
+        """What each descriptor is."""
         found = []
         for name in os.listdir(f"/proc/{self.process.pid}/fd"):
             with contextlib.suppress(FileNotFoundError):
                 found.append(os.readlink(f"/proc/{self.process.pid}/fd/{name}"))
-        return [path for path in found if path.startswith(f"{folder}/")]
+        return found
+
+    def open_beneath(self, folder: Path) -> list[str]:
+        """Files that it has open beneath a folder, also those without a name."""
+        return [path for path in self._descriptors() if path.startswith(f"{folder}/")]
 
     def _status(self, field: str) -> int:
         found = re.search(rf"{field}:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())
