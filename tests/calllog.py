@@ -209,6 +209,11 @@ def begin_log(log: Path, top: Path) -> Callable[[], int]:
                 files[status.st_ino] = Path(os.fsdecode(os.path.join(folder, name))).read_bytes()
     log.write_bytes(pickle.dumps(tuple(Record(START, top.stat().st_ino, (folders, files)))))
     log.with_suffix(".count").write_bytes((1).to_bytes(8, "little"))
+    return position_in(log)
+
+
+def position_in(log: Path) -> Callable[[], int]:
+    """What tells how many records a log has."""
     return _Count(log).get
 
 
@@ -251,10 +256,11 @@ class Weakest:
         for record in self.records[self._done : position]:
             self._follow(record)
         self._done = max(self._done, position)
-        kept = rng.choice([0.0, 0.1, 0.5, 0.9, 1.0])
+        # Each for itself: names may be ahead of what is written, or behind it.
+        kept, kept_names = (rng.choice([0.0, 0.1, 0.5, 0.9, 1.0]) for _ in range(2))
         folders = {inode: dict(names) for inode, names in self._folders.items()}
         for changes in self._named:
-            if rng.random() < kept:
+            if rng.random() < kept_names:
                 _change(folders, changes)
         files = dict(self._files)
         for inode, records in self._written.items():

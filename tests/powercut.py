@@ -21,9 +21,11 @@ The judge
     it left, whole, unless another one was acknowledged that began after that one was; so it may be newer than the last
     acknowledgement, never older. A form is there with all its files or with none. A name that is only ever created
     (``If-None-Match: *``) is acknowledged once, and stays what it was; of those who replace what they have seen
-    (``If-Match``) one is. Nobody is told that a name is new that must have been there. An upload of several requests
-    is there until it is finished or cancelled, with all bytes that any answer has told of, and no others than were
-    sent. The store's own folders have nothing else when it has started again, and what can't be mounted is a failure
+    (``If-Match``) one is. Nobody is told that a name is new that must have been there. An upload of several requests,
+    by either protocol, is there until it is finished or cancelled, with all bytes that any answer has told of, be it an
+    interim one, and no others than were sent. Bytes with a digest are there all together or not at all, and never
+    if they are others than it says. A concatenation has the bytes of all its parts, and is a file as soon as they are
+    whole. The store's own folders have nothing else when it has started again, and what can't be mounted is a failure
     too.
 
 A cut by a log that failed leaves a recording, and its seed: ``--replay FOLDER SEED`` does exactly that cut again.

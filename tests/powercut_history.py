@@ -34,8 +34,13 @@ class Operation:
     :ivar upload: the resumable upload that it is about, as :func:`~tests.powercut_recovery.look` names it; "" if it is
         about none, or nobody was told yet which one.
     :ivar seed: of its bytes, for :func:`content_of`.
+    :ivar first: how many of those bytes are in front of the upload's own, if it is a part of something.
+    :ivar since: how many were sent before it.
     :ivar sent: how many of them may have been sent by now, by it and before it.
+    :ivar is_proven: whether what it brings counts all together or not at all.
     :ivar offset: what it was told is stored of them; None if nothing was told.
+    :ivar ends_itself: whether the upload that it begins is a file as soon as all bytes are there.
+    :ivar parts: the uploads whose bytes make the one that it begins.
     """
 
     kind: str
@@ -47,8 +52,17 @@ class Operation:
     is_new: bool = False
     upload: str = ""
     seed: str = ""
+    first: int = 0
+    since: int = 0
     sent: int = 0
+    is_proven: bool = False
     offset: int | None = None
+    ends_itself: bool = True
+    parts: list[str] = field(default_factory=list)
+
+    def may_leave(self, offset: int) -> bool:
+        """Whether so many bytes of an upload may be there by what it brings."""
+        return offset in (self.since, self.sent) or (not self.is_proven and self.since < offset < self.sent)
 
     def is_acknowledged(self, position: int) -> bool:
         return self.ended_at is not None and self.ended_at <= position
@@ -115,7 +129,7 @@ class History:
         problems = [
             f"nobody sent {name}"
             for name, state in found.items()
-            if name not in by_name and not _is_unanswered(name, state, begun)
+            if name not in by_name and not _is_unanswered(name, state, begun, found)
         ]
         for name, operations in by_name.items():
             if name in operations[0].files:
@@ -137,7 +151,8 @@ class History:
             f"lost: {name} was there, and then new for {later.kind}"
             for name, operations in _by_name(self.operations).items()
             for later in operations
-            if later.is_new and any(_must_be_there(name, earlier, later, operations) for earlier in operations)
+            if later.is_new and name in later.files
+            if any(_must_be_there(name, earlier, later, operations) for earlier in operations)
         ]
 
 
@@ -203,7 +218,9 @@ def _is_older(
     return all(cause.is_before(operation) for cause in by_name[name] if cause.files[name] == state)
 
 
-# Uploads of several requests: "begin", then "append", "ask" and "finish", and at any time "cancel"
+# Uploads of several requests: "begin", then what brings bytes ("append"), tells of them ("ask", "told") or must not
+# change them ("damaged", "left"), and the end: "finish", or "spoil" where the bytes are not what was said of them, or
+# "cancel" at any time. The finish of a concatenation begins with it.
 
 
 def _judge_upload(
@@ -214,11 +231,12 @@ def _judge_upload(
         return []  # what there is of it is judged by _is_unanswered
     operations, state = by_name[name], found.get(name)
     acknowledged = {operation.kind: operation for operation in operations if operation.is_acknowledged(position)}
-    finish = next((operation for operation in operations if operation.kind == "finish"), None)
-    if "cancel" in acknowledged:
-        return [] if state is None else [f"lost: the end of {name}, which was cancelled"]
+    ends = {operation.kind: operation for operation in operations if operation.kind in ("finish", "spoil", "cancel")}
+    finish = ends.get("finish")
+    if "cancel" in acknowledged or "spoil" in acknowledged:
+        return [] if state is None else [f"lost: the end of {name}, which was cancelled, or refused"]
     if state is None:
-        may_be_gone = not acknowledged or any(operation.kind == "cancel" for operation in operations)
+        may_be_gone = not acknowledged or "cancel" in ends or "spoil" in ends
         return [] if may_be_gone else [f"lost: {name}, of {' and '.join(sorted(acknowledged))}"]
     if state == FINISHED:
         if finish is None:
@@ -227,31 +245,41 @@ def _judge_upload(
         return [f"lost: {file}, which {name} says it has become" for file in lost]
     if "finish" in acknowledged:
         return [f"lost: the end of {name}, which was finished"]
-    offset = int(state.partition(" ")[0])
+    offset = _offset(state)
     told = max((o.offset for o in operations if o.is_acknowledged(position) and o.offset is not None), default=0)
     if offset < told:
         return [f"lost: {name} has {offset} bytes of {told} that were acknowledged"]
-    if not _is_sent(state, begin.seed, max(operation.sent for operation in operations)):
-        return [f"torn: {name} has {offset} bytes, and nobody sent them"]
-    if finish is not None and offset == finish.sent:
+    if not any(operation.may_leave(offset) for operation in operations) or not _is_content(state, begin):
+        return [f"torn: {name} has {offset} bytes, and nobody sent them like that"]
+    if begin.ends_itself and any(offset == end.sent for kind, end in ends.items() if kind != "cancel"):
         return [f"torn: {name} has all bytes and is no file"]
+    if finish is not None and begin.parts and sum(_offset(found.get(part)) for part in begin.parts) == finish.sent:
+        return [f"torn: {name} has all parts and is no file"]
     return []
 
 
-def _is_sent(state: str, seed: str, sent: int) -> bool:
-    """Whether an upload has the first bytes of what was sent."""
-    offset = int(state.partition(" ")[0])
-    return offset <= sent and state == state_of(offset, hashlib.sha256(content_of(seed, offset)).hexdigest())
+def _offset(state: State) -> int:
+    """The bytes of an upload that is no file."""
+    return int(state.partition(" ")[0]) if state not in (None, FINISHED) else 0
 
 
-def _is_unanswered(name: str, state: State, operations: Iterable[Operation]) -> bool:
+def _is_content(state: State, begin: Operation) -> bool:
+    """Whether an upload has the bytes that its client has for it."""
+    offset = _offset(state)
+    content = content_of(begin.seed, begin.first + offset)[begin.first :]
+    return state == state_of(offset, hashlib.sha256(content).hexdigest())
+
+
+def _is_unanswered(name: str, state: State, operations: Iterable[Operation], found: Mapping[str, State]) -> bool:
     """Whether it may be an upload of whose id nobody was told."""
-    unanswered = [operation for operation in operations if operation.kind == "begin" and not operation.upload]
-    return (
-        name.startswith(UPLOAD)
-        and state not in (None, FINISHED)
-        and any(_is_sent(str(state), operation.seed, operation.sent) for operation in unanswered)
-    )
+    if not name.startswith(UPLOAD):
+        return False
+    unanswered = [operation for operation in operations if operation.seed and not operation.upload]
+    if state == FINISHED:
+        finished = [operation for operation in unanswered if operation.kind == "finish"]
+        return any(found.get(file) is not None for operation in finished for file in operation.files)
+    begun = [operation for operation in unanswered if operation.kind == "begin"]
+    return any(operation.may_leave(_offset(state)) and _is_content(state, operation) for operation in begun)
 
 
 Rule = Callable[[Operation, Mapping[str, State], Mapping[str, list[Operation]], int], list[str]]

@@ -1,7 +1,8 @@
 """Clients of a service that loses its power.
 
 :class:`Client` sends, :class:`Person` has the root for himself and asks no service; what they know is told in
-``tests/powercut_history.py``. Who writes in another way is a method of :class:`Client` with a row in :data:`WAYS`.
+``tests/powercut_history.py``. Who writes in another way is a method of :class:`Client` with a row in :data:`WAYS`;
+uploads of several requests are in ``tests/powercut_uploads.py``.
 Nothing here is a test.
 """
 
@@ -12,9 +13,7 @@ import http.client
 import itertools
 import os
 import random
-import socket
 import sys
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,51 +22,22 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from tests.calllog import Calls
-from tests.powercut_history import History, Operation, content_of
+from tests.powercut_history import History, Operation
+from tests.powercut_http import NO_HEADERS, Connections
 from tests.powercut_mutants import environment
-from tests.powercut_recovery import UPLOAD
+from tests.powercut_uploads import Uploader, WrongAnswer
 from tests.servers import PATIENCE, Server, serving
 
 TOP = Path(__file__).parent.parent
 
 PROCESSES = 2
 """Services on one root."""
-NO_HEADERS: Mapping[str, str] = {}
 
 OLD_FOLDERS = 3
 HOT_NAMES = 4
 """Names of each old folder that all clients replace and delete."""
 SMALL_FORM, LARGE_FORM = 8, 60
 """Files of most forms, and of some."""
-
-UPLOADS = 4
-"""That a client has under way at most; then it forgets one."""
-TUS = {"Tus-Resumable": "1.0.0"}
-BYTES = {**TUS, "Content-Type": "application/offset+octet-stream"}
-
-
-@dataclass
-class Upload:
-    """One of several requests, as the client knows it.
-
-    :ivar name: of the file that it becomes.
-    :ivar size: of the whole.
-    :ivar operation: that began it.
-    :ivar offset: of the next byte; None if the client has to ask.
-    :ivar sent: bytes that are on their way, or were.
-    """
-
-    name: str
-    size: int
-    is_deferred: bool
-    operation: Operation
-    offset: int | None = 0
-    sent: int = 0
-
-    def next(self, kind: str, sent: int = 0) -> Operation:
-        """The next thing to ask of it."""
-        self.sent = max(self.sent, sent)
-        return Operation(kind, {}, upload=self.operation.upload, seed=self.operation.seed, sent=self.sent)
 
 
 class Client(Thread):
@@ -84,9 +54,9 @@ class Client(Thread):
         self._history = history
         self._names = names
         self._stop_event = stop
-        self._connections: dict[int, http.client.HTTPConnection] = {}
+        self._connections = Connections()
+        self._uploader = Uploader(seed, self._rng, ports, self._connections, history, names)
         self._number = itertools.count()
-        self._uploads: list[Upload] = []
         self._etag = ""
 
     def run(self) -> None:
@@ -96,9 +66,10 @@ class Client(Thread):
         except (OSError, http.client.HTTPException) as error:
             if not self._stop_event.is_set():
                 self._history.problems.append(f"a connection failed before the cut: {error!r}")
+        except WrongAnswer as wrong:
+            self._history.problems.append(str(wrong))
         finally:
-            for connection in self._connections.values():
-                connection.close()
+            self._connections.close()
 
     def _one(self) -> None:
         [way] = self._rng.choices([way for way, _ in WAYS], [weight for _, weight in WAYS])
@@ -167,75 +138,9 @@ class Client(Thread):
         names.wanted = list(files)
         self._ask(operation, "POST", f"/files/{folder}/", body, headers)
 
-    # Uploads of several requests
-
     def resume(self) -> None:
-        """Do one thing for one upload."""
-        rng = self._rng
-        if len(self._uploads) < rng.randint(1, UPLOADS):
-            self._begin()
-            return
-        upload = rng.choice(self._uploads)
-        choice = rng.random()
-        if choice < 0.04:
-            self._uploads.remove(upload)
-        elif choice < 0.18:
-            self._ask(upload.next("cancel"), "DELETE", _url(upload), headers=TUS)
-            self._uploads.remove(upload)
-        elif upload.offset is None or choice < 0.22:
-            operation = upload.next("ask")
-            self._ask(operation, "HEAD", _url(upload), headers=TUS)
-            upload.offset = operation.offset
-        elif choice < 0.3 and upload.size - upload.offset > 1:
-            self._leave(upload, upload.offset)
-        else:
-            self._append(upload, upload.offset)
-
-    def _begin(self) -> None:
-        rng = self._rng
-        seed, name = f"{self.name} {next(self._number)}", self._names.whole(rng)
-        size = rng.choice([1, 300, 20_000, 100_000]) if rng.random() < 0.96 else 3_000_000
-        upload = Upload(name, rng.randint(1, size), rng.random() < 0.2, Operation("begin", {}, seed=seed))
-        body = b""
-        if rng.random() < 0.2:
-            upload.operation.sent = upload.sent = rng.randrange(upload.size)
-            body = content_of(seed, upload.sent)
-        headers = {**(BYTES if body else TUS), "Upload-Metadata": f"filename {b64encode(name.encode()).decode()}"}
-        headers |= {"Upload-Defer-Length": "1"} if upload.is_deferred else {"Upload-Length": f"{upload.size}"}
-        self._ask(upload.operation, "POST", "/uploads/", body, headers)
-        upload.offset = upload.operation.offset
-        self._uploads.append(upload)
-
-    def _append(self, upload: Upload, offset: int) -> None:
-        """Send some of it, or the rest."""
-        rng = self._rng
-        end = upload.size if rng.random() < 0.4 else offset + rng.randint(1, upload.size - offset)
-        content = content_of(upload.operation.seed, upload.size)
-        headers = {**BYTES, "Upload-Offset": f"{offset}"}
-        if end == upload.size and upload.is_deferred:
-            headers["Upload-Length"] = f"{upload.size}"
-        operation = upload.next("finish" if end == upload.size else "append", end)
-        if end == upload.size:
-            operation.files = {upload.name: hashlib.sha256(content).hexdigest()}
-        self._ask(operation, "PATCH", _url(upload), content[offset:end], headers)
-        upload.offset = operation.offset
-        if operation.ended is not None and operation.offset != end:
-            self._history.problems.append(f"{operation} was told another offset than {end}")
-        if end == upload.size and operation.ended is not None:
-            self._uploads.remove(upload)
-
-    def _leave(self, upload: Upload, offset: int) -> None:
-        """Send less than was announced, and close the connection."""
-        rng = self._rng
-        announced = rng.randint(offset + 2, upload.size)
-        sent = rng.randrange(offset + 1, announced)
-        upload.offset = None
-        self._history.begin(upload.next("append", sent))
-        with socket.create_connection(("127.0.0.1", rng.choice(self._ports)), timeout=PATIENCE) as connection:
-            headers = {"Host": "localhost", **BYTES, "Upload-Offset": offset, "Content-Length": announced - offset}
-            lines = [f"PATCH {_url(upload)} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-            connection.sendall("\r\n".join([*lines, "", ""]).encode())
-            connection.sendall(content_of(upload.operation.seed, sent)[offset:])
+        """Do one thing for an upload of several requests."""
+        self._uploader.one()
 
     def _ask(
         self, operation: Operation, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS
@@ -247,44 +152,22 @@ class Client(Thread):
     def _send(
         self, port: int, operation: Operation, method: str, path: str, body: bytes, headers: Mapping[str, str]
     ) -> None:
-        connection = self._connections.get(port)
-        if connection is None:
-            connection = self._connections[port] = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-            connection.connect()
-            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._history.begin(operation)
-        connection.request(method, path, body, dict(headers))
+        self._connections.send(port, method, path, body, headers)
 
     def _receive(self, port: int, operation: Operation) -> None:
-        response = self._connections[port].getresponse()
+        response = self._connections.answer(port)
         self._etag = response.headers.get("ETag", "")
         if response.status in (200, 201, 204):
             # Before the rest of the answer is read: what the disk is told meanwhile doesn't count.
-            operation.is_new = response.status == 201 and operation.kind not in ("form", "begin")
-            if operation.seed:
-                self._note_upload(operation, response)
+            operation.is_new = response.status == 201 and operation.kind != "form"
             self._history.end(operation)
             self._names.note(operation)
-        elif response.status in (404, 412) and not operation.seed:
+        elif response.status in (404, 412):
             self._history.refuse(operation)
-        elif response.status == 409 and operation.kind in ("append", "finish"):
-            pass  # what was left has been read only now; the client asks how far that came
         else:
             self._history.problems.append(f"{operation.kind} of {operation.files} was answered {response.status}")
         response.read()
-
-    def _note_upload(self, operation: Operation, response: http.client.HTTPResponse) -> None:
-        if operation.kind == "begin":
-            operation.upload = UPLOAD + str(response.headers["Location"]).rpartition("/")[2]
-        if operation.kind != "cancel":
-            # Nobody tells it of an upload that has begun without bytes.
-            operation.offset = int(response.headers.get("Upload-Offset", "0"))
-            if operation.offset > operation.sent:
-                self._history.problems.append(f"{operation} was told an offset that nobody has sent")
-
-
-def _url(upload: Upload) -> str:
-    return f"/uploads/{upload.operation.upload.removeprefix(UPLOAD)}"
 
 
 WAYS: Sequence[tuple[Callable[[Client], None], int]] = [
@@ -295,7 +178,7 @@ WAYS: Sequence[tuple[Callable[[Client], None], int]] = [
     (Client.claim, 18),
     (Client.match, 12),
     (Client.form, 22),
-    (Client.resume, 60),
+    (Client.resume, 100),
 ]
 """What clients do, and how often."""
 

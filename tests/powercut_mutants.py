@@ -1,10 +1,10 @@
-"""Stores that lose files: each mutant is ``lwstwisted.stores`` with one of its precautions taken out.
+"""Services that lose files: each mutant is ``lwstwisted`` with one of its precautions taken out.
 
 A service becomes a mutant by its environment alone: :func:`environment` puts a ``sitecustomize`` in front of its path,
 which calls :func:`install`. Every call of ``sync_file`` and ``sync_folder`` in the source of the store is found by
-itself, so that a new one has its mutant without anybody thinking of it; what replaces an exclusive link or a rename is
-written down here. A mutant prints :data:`TOOK_EFFECT` when what was taken out would have been needed for the first
-time. Nothing here is a test.
+itself, so that a new one has its mutant without anybody thinking of it; what replaces an exclusive link or a rename,
+or changes the order of two steps, is written down here. A mutant prints :data:`TOOK_EFFECT` when what was taken out
+would have been needed for the first time. Nothing here is a test.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -25,8 +26,10 @@ STORES = TOP / "lwstwisted" / "stores"
 VARIABLE, LOG_VARIABLE = "POWERCUT_MUTANT", "POWERCUT_LOG"
 TOOK_EFFECT = "the mutant took effect"
 
-CHECKPOINT = 64 * 1024
+CHECKPOINT = 32 * 1024
 """Bytes after which a service makes an upload durable while more of them come: else no load would see it."""
+WORTH_A_WRITE = 8 * 1024
+"""Bytes that a service writes while more of them come, likewise."""
 
 
 HIDDEN_BY_EXT4 = {
@@ -37,6 +40,7 @@ HIDDEN_BY_EXT4 = {
     "BatchFolder._undo.sync_folder": "the journal goes later than the names were taken back, and that is synced",
     "Tree._make_root.sync_folder": "the root is older than all that is synced in it",
     "Tree._make.sync_folder": "the folder is older than the name in it, which is synced next",
+    "bytes unlinked before the record": "the name goes with the journal, and what is written to the record before that",
     "batch without journal": "all names that a form gives in a folder are one commit of the journal, but for chance",
 }
 """Mutants without a loss on ext4, and why. Its fsync of a folder is a commit of the one journal that all folders share
@@ -232,6 +236,67 @@ def _unlocked() -> None:
     Tree.naming = naming
 
 
+def _unlinked_before_named() -> None:
+    """The bytes of an upload lose their own name before the record says that they have got another one."""
+    from lwstwisted.stores.resumable import UploadFile, data_name
+    from lwstwisted.stores.tree import UPLOAD_FOLDER
+
+    real = UploadFile._note
+
+    def note(upload: Any, state: Any, has_changed: bool = False) -> None:
+        if sys._getframe(1).f_code.co_qualname == "UploadFile._end_as":
+            with upload._tree.folder(UPLOAD_FOLDER) as folder:
+                os.unlink(data_name(upload.id), dir_fd=folder)
+            _took_effect()
+        real(upload, state, has_changed)
+
+    UploadFile._note = note
+
+
+def _offset_after_sync() -> None:
+    """An offset counts what was appended while the bytes were synced."""
+    from lwstwisted.stores.resumable import UploadFile
+
+    real = UploadFile._note
+
+    def note(upload: Any, state: Any, has_changed: bool = False) -> None:
+        if sys._getframe(1).f_code.co_qualname == "UploadFile.checkpoint" and state.offset != upload._end:
+            _took_effect()
+            state = replace(state, offset=upload._end)
+        real(upload, state, has_changed)
+
+    UploadFile._note = note
+
+
+def _checkpoint_of_unproven() -> None:
+    """Bytes that have to be proven count as they come."""
+    from lwstwisted.uploads.appending import Appending
+
+    real = Appending.append
+
+    async def append(part: Any, data: memoryview) -> None:
+        proof, part._proof = part._proof, None
+        try:
+            await real(part, data)
+            if proof is not None and part._checkpoint is not None:
+                _took_effect()
+        finally:
+            part._proof = proof
+
+    Appending.append = append
+
+
+def _anything_is_proven() -> None:
+    """Nobody looks whether bytes are what their digest says."""
+    from lwstwisted.stores.resumable import UploadFile
+
+    def hashes_to(*_: object) -> bool:
+        _took_effect()
+        return True
+
+    UploadFile._hashes_to = hashes_to
+
+
 class _Instead:
     """A module with some of its functions replaced."""
 
@@ -252,6 +317,10 @@ OTHERS: dict[str, Callable[[], None]] = {
     "batch writes in place": _batch_writes_in_place,
     "batch without journal": _without_journal,
     "names unlocked": _unlocked,
+    "bytes unlinked before the record": _unlinked_before_named,
+    "offset read after the sync": _offset_after_sync,
+    "checkpoint of unproven bytes": _checkpoint_of_unproven,
+    "nothing is proven": _anything_is_proven,
 }
 
 
@@ -265,7 +334,7 @@ def names() -> list[str]:
 
 
 def install(name: str) -> None:
-    """Turn the store of this process into a mutant."""
+    """Turn this process into a mutant."""
     if name in OTHERS:
         OTHERS[name]()
     else:
@@ -288,9 +357,11 @@ def environment(folder: Path, name: str, log: Path | None = None) -> dict[str, s
 def begin() -> None:
     """Become what the environment says."""
     # Only now: those who make mutants need no service.
-    from lwstwisted.uploads import session
+    from lwstwisted.uploads import appending, transfer
 
-    session.CHECKPOINT = CHECKPOINT
+    for module, name, value in ((appending, "CHECKPOINT", CHECKPOINT), (transfer, "WORTH_A_WRITE", WORTH_A_WRITE)):
+        assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+        setattr(module, name, value)
     if LOG_VARIABLE in os.environ:
         calllog.install(Path(os.environ[LOG_VARIABLE]))
     if os.environ[VARIABLE]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import itertools
+import json
 import os
 import random
 import re
@@ -29,8 +30,20 @@ from tests.calllog import NOTED, PAGE, Calls, Weakest, begin_log, install, read_
 from tests.powercut import TOP, Outcome, Recording, judge_cuts, logged_cuts, record, replay_cut, shutdowns, where
 from tests.powercut_disks import WEAKEST, missing, temporary_folder
 from tests.powercut_history import History, Operation, content_of
-from tests.powercut_mutants import AFTER_KILL, CHECKPOINT, HIDDEN_BY_EXT4, STORES, environment, names, syncs
-from tests.powercut_recovery import FINISHED, State, recovering, state_of
+from tests.powercut_http import Connections
+from tests.powercut_load import Names, services
+from tests.powercut_mutants import (
+    AFTER_KILL,
+    CHECKPOINT,
+    HIDDEN_BY_EXT4,
+    STORES,
+    TOOK_EFFECT,
+    environment,
+    names,
+    syncs,
+)
+from tests.powercut_recovery import FINISHED, State, look, recover, recovering, state_of
+from tests.powercut_uploads import Uploader
 
 LOAD_SECONDS = 1.0
 SHUTDOWN_SECONDS = 5.0
@@ -40,8 +53,9 @@ MUTANT_CUTS = 1000
 """At most; one or two loads show a loss of nearly all."""
 
 NOT_HERE = {"folder sync after link", "folder sync after rename", "write in place", "batch link overwrites"}
+NOT_HERE |= {"bytes unlinked before the record", "offset read after the sync"}
 """Mutants that need the most cuts: ``python -m tests.powercut --mutants`` has them too. What the first three lack,
-``OpenPartial._place.sync_folder`` and ``batch writes in place`` lack as well."""
+``OpenPartial._place.sync_folder`` and ``batch writes in place`` lack as well; :class:`StepTests` has the last two."""
 
 FSYNCS = [("tree.py", "fdatasync"), ("tree.py", "fsync"), ("tree.py", "fsync")]
 """Of ``sync_file``, ``sync_file`` and ``sync_folder``."""
@@ -258,6 +272,77 @@ class UploadJudgeTests(SynchronousTestCase):
         self.assertEqual(verdict(found, 9, begin, finish, earlier, later), [])
         self.assertEqual(verdict({**found, "a": "A"}, 9, begin, finish, earlier), [])
         self.assertEqual(verdict({**found, "a": "B"}, 9, begin, finish, earlier), ["lost: a"])
+
+    def test_proven(self) -> None:
+        """Bytes with a checksum are there all together or not at all."""
+        requests = request("begin", 1, 2, 0, 0), request("append", 3, 4, 3, 3), request("append", 5, 7, 6, 6)
+        requests[2].since, requests[2].is_proven = 3, True
+        fine = [offset for offset in range(10) if not verdict({"upload/1": stored(offset)}, 6, *requests)]
+        self.assertEqual(fine, [3, 6])
+
+    def test_damaged(self) -> None:
+        """Bytes that are not what their checksum says leave nothing, whether that was answered or not."""
+        requests = request("begin", 1, 2, 0, 0), request("append", 3, 4, 3, 3), request("damaged", 5, 7, 3)
+        requests[2].since = 3
+        for position in (6, 7):
+            fine = [offset for offset in range(10) if not verdict({"upload/1": stored(offset)}, position, *requests)]
+            self.assertEqual(fine, [3], position)
+        self.assertEqual(verdict({}, 6, *requests), ["lost: upload/1"])
+
+    def test_spoilt(self) -> None:
+        """An upload that isn't what was said of it is no file, and gone when that was answered."""
+        requests = request("begin", 1, 2, 0, 0), request("append", 3, 4, 3, 3), request("spoil", 5, 7, 9)
+        requests[2].since = 3
+        self.assertEqual(verdict({}, 7, *requests), [])
+        self.assertEqual(verdict({"upload/1": stored(3)}, 7, *requests), ["lost: the"])
+        self.assertEqual(verdict({"upload/1": stored(3)}, 6, *requests), [])
+        self.assertEqual(verdict({}, 6, *requests), [])
+        self.assertEqual(verdict({"upload/1": stored(9)}, 6, *requests), ["torn: upload/1"])
+        self.assertEqual(verdict({"upload/1": FINISHED, "a": "A"}, 6, *requests), ["nobody sent", "torn: upload/1"])
+
+    def test_ended_by_its_client(self) -> None:
+        """An upload may have all bytes and be no file, if its client has to say first that these are all."""
+        begin, append = request("begin", 1, 2, 0, 0), request("append", 3, 4, 9, 9)
+        finish = request("finish", 5, 7, 9, 9)
+        begin.ends_itself, finish.since = False, 9
+        self.assertEqual(verdict({"upload/1": stored(9)}, 6, begin, append, finish), [])
+        self.assertEqual(verdict({"upload/1": stored(9)}, 7, begin, append, finish), ["lost: a", "lost: the"])
+        self.assertEqual(verdict({"upload/1": FINISHED, "a": "A"}, 7, begin, append, finish), [])
+        begin.ends_itself = True
+        self.assertEqual(verdict({"upload/1": stored(9)}, 6, begin, append, finish), ["torn: upload/1"])
+
+    def test_whole_and_nobody_was_told(self) -> None:
+        """One request that brings all may leave a file, and an upload of which nobody was told."""
+        begin, finish = request("begin", 1, None, 9), request("finish", 2, None, 9)
+        begin.upload = finish.upload = ""
+        found: dict[str, State] = {"upload/2": FINISHED}
+        self.assertEqual(verdict({**found, "a": "A"}, 9, begin, finish), [])
+        self.assertEqual(verdict(found, 9, begin, finish), ["nobody sent"])
+        self.assertEqual(verdict({**found, "a": "A"}, 2, begin, finish), ["nobody sent", "nobody sent"])
+
+    def test_concatenated(self) -> None:
+        """A concatenation has all bytes or none, and is a file as soon as its parts are whole."""
+        parts = [request("begin", 1, 2, 0, 0), request("append", 3, 4, 4, 4)]
+        parts += [request("begin", 1, 2, 0, 0), request("append", 5, 6, 5, 5)]
+        for operation in parts[2:]:
+            operation.upload, operation.first = "upload/2", 4
+        begin, finish = request("begin", 7, 9, 0, 0), request("finish", 7, 9, 9, 9)
+        begin.parts, finish.is_proven = ["upload/1", "upload/2"], True
+        begin.upload = finish.upload = "upload/3"
+        second = state_of(5, hashlib.sha256(content_of("seed", 9)[4:]).hexdigest())
+        found = {"upload/1": stored(4), "upload/2": second}
+        all = [*parts, begin, finish]
+        self.assertEqual(verdict(found, 8, *all), [])
+        self.assertEqual(verdict(found, 9, *all), ["lost: a", "lost: upload/3"])
+        self.assertEqual(verdict({**found, "upload/3": FINISHED, "a": "A"}, 9, *all), [])
+        self.assertEqual(verdict({**found, "upload/3": stored(0)}, 8, *all), ["torn: upload/3"])
+        self.assertEqual(verdict({**found, "upload/3": stored(4)}, 8, *all), ["torn: upload/3"])
+        self.assertEqual(verdict({**found, "upload/2": stored(5)}, 8, *all), ["torn: upload/2"])
+        # As long as they aren't, it waits.
+        found["upload/2"] = state_of(0, hashlib.sha256(b"").hexdigest())
+        parts[3].ended = parts[3].ended_at = finish.ended = finish.ended_at = None
+        self.assertEqual(verdict({**found, "upload/3": stored(0)}, 9, *all), [])
+        self.assertEqual(verdict(found, 9, *all), ["lost: upload/3"])
 
     def test_cancelled(self) -> None:
         """What was cancelled stays away, and may be away before that is acknowledged."""
@@ -509,7 +594,7 @@ class MutantTests(SynchronousTestCase):
         extra = environment(folder, "write in place")
         self.assertIn(str(folder), extra["PYTHONPATH"])
         self.assertEqual([path.name for path in folder.iterdir()], ["sitecustomize.py"])
-        asked = "from lwstwisted.uploads import session; print(session.CHECKPOINT)"
+        asked = "from lwstwisted.uploads import appending; print(appending.CHECKPOINT)"
         told = subprocess.check_output([sys.executable, "-c", asked], env={**os.environ, **extra}, text=True)
         self.assertEqual(told, f"{CHECKPOINT}\n")
 
@@ -576,6 +661,122 @@ class KilledTests(SynchronousTestCase):
         """And it isn't, where nobody makes sure of that."""
         for mutant in AFTER_KILL:
             self.assertIn("lost", self.left(mutant))
+
+
+STEPS = """
+import json, sys
+from pathlib import Path
+from lwstwisted.interfaces import anything
+from lwstwisted.stores.resumable import UploadFile
+from lwstwisted.stores.space import Space
+from lwstwisted.stores.tree import Tree
+from lwstwisted.uploads.session import Plan, _record_of
+from tests.calllog import position_in
+from tests.powercut_history import content_of
+
+def tell(kind, sent):
+    print(json.dumps([kind, upload.id.decode(), begun, position(), sent, upload.state.offset]), flush=True)
+    return position()
+
+def sync_file(tree, descriptor):
+    real(tree, descriptor)
+    if sys._getframe(1).f_code.co_qualname == "UploadFile.checkpoint" and upload._end < 10000:
+        upload.append(content[5000:10000])
+
+root, log = map(Path, sys.argv[1:])
+position = position_in(log)
+content = memoryview(content_of("seed", 15000))
+tree, name = Tree(root, "full", True), (b"a",)
+tree.space = Space(tree.partial, 0, None)
+begun = position()
+upload = UploadFile.begin(tree, _record_of(Plan(("a",), 15000)), 15000, 3600.0, name, anything)
+begun = tell("begin", 0)
+real, Tree.sync_file = Tree.sync_file, sync_file
+upload.append(content[:5000])
+upload.checkpoint()
+begun = tell("append", 10000)
+upload.append(content[10000:])
+upload.name_it(name, anything, {})
+tell("finish", 15000)
+"""
+
+
+@pytest.mark.slow
+class StepTests(SynchronousTestCase):
+    """One upload, to which bytes come while others are synced; and the power fails behind each of its steps."""
+
+    def problems(self, mutant: str) -> list[str]:
+        """What is wrong behind some step; that of a mutant is enough behind one of them."""
+        require("calls", WEAKEST)
+        with temporary_folder() as folder, recovering("", folder, 1) as recovery:
+            root, log = folder / "root", folder / "log"
+            root.mkdir()
+            begin_log(log, root)
+            extra = environment(folder / "site", mutant, log)
+            text = subprocess.check_output(
+                [sys.executable, "-c", STEPS, root, log], cwd=TOP, env={**os.environ, **extra}, text=True
+            )
+            self.assertEqual(TOOK_EFFECT in text, bool(mutant))
+            digest = hashlib.sha256(content_of("seed", 15000)).hexdigest()
+            history = History()
+            for line in text.splitlines():
+                if line != TOOK_EFFECT:
+                    kind, upload, begun, ended, sent, offset = json.loads(line)
+                    asked = operation(kind, {"a": digest} if kind == "finish" else {}, begun, ended)
+                    asked.upload, asked.seed, asked.sent, asked.offset = f"upload/{upload}", "seed", sent, offset
+                    history.operations.append(asked)
+            self.assertEqual([one.kind for one in history.operations], ["begin", "append", "finish"])
+            records = read_calls(log)
+            weakest = Weakest(records)
+            for position in range(history.operations[0].begun_at, len(records) + 1):
+                for seed in range(12):
+                    cut = folder / "cut"
+                    weakest.cut(position, random.Random(f"{position}:{seed}"), cut)
+                    found, problems = recovery(cut)
+                    problems += history.judge(found, position)
+                    shutil.rmtree(cut)
+                    if problems:
+                        return problems
+        return []
+
+    def test_each_step(self) -> None:
+        """Whatever was told is there, wherever that is."""
+        self.assertEqual(self.problems(""), [])
+
+    def test_mutants(self) -> None:
+        """And it isn't with a store whose steps come in another order."""
+        for mutant in ("bytes unlinked before the record", "offset read after the sync"):
+            self.assertTrue(any(problem.startswith(("lost", "torn")) for problem in self.problems(mutant)), mutant)
+
+
+STEPS_OF_A_CLIENT = 500
+
+
+@pytest.mark.slow
+class LoadTests(SynchronousTestCase):
+    """What clients do whose power is cut."""
+
+    def test_uploads(self) -> None:
+        """A client of uploads of several requests does all that there is to do, by both protocols."""
+        history, rng, connections = History(), random.Random("test uploads"), Connections()
+        with temporary_folder() as folder, services(folder / "root", "", folder, 1) as (_, ports):
+            uploader = Uploader("test", rng, ports, connections, history, Names(0))
+            try:
+                for _ in range(STEPS_OF_A_CLIENT):
+                    uploader.one()
+            finally:
+                connections.close()
+            recover(folder / "root")
+            found, problems = look(folder / "root")
+        self.assertEqual(history.problems + history.judge_answers() + problems + history.judge(found), [])
+        of = {one.upload: one for one in history.operations if one.kind == "begin"}
+        done = {(one.kind, of[one.upload].ends_itself) for one in history.operations if one.ended is not None}
+        each = {"begin", "append", "ask", "damaged", "cancel", "finish", "spoil"}
+        self.assertEqual({(kind, is_tus) for kind in each for is_tus in (True, False)} - done, set())
+        self.assertIn(("told", False), done)
+        whole = {one.upload for one in history.operations if one.kind == "finish" and one.ended is not None}
+        self.assertGreater(sum(bool(of[upload].parts) for upload in whole), 3)
+        self.assertGreater(sum(one.is_proven for one in history.operations if one.kind == "append"), 3)
 
 
 @pytest.mark.slow
