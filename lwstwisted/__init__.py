@@ -58,6 +58,7 @@ The map. Each number is a floor, and imports go downwards only
     put.py         3  PUT
     form.py        3  POST multipart/form-data
     appending.py   2  what one request appends: durable in steps, or proven at its end
+    plan.py        2  what a resumable upload is meant to be
     session.py     3  resumable uploads: one state, whichever protocol speaks of it
     rufh.py        4  the IETF's Resumable Uploads for HTTP
     tus.py         4  tus 1.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from twisted.internet.interfaces import IPushProducer
 from twisted.web.resource import IResource
@@ -162,7 +162,10 @@ Name = tuple[str, ...]
 """A checked path beneath a store's root: its segments (see ``stores/names.py``); () is the root."""
 
 
-NO_DIGESTS: Mapping[str, bytes] = MappingProxyType({})
+Digests = Mapping[str, bytes | None]
+"""What a file has to hash to, by ``hashlib`` name; None for what is only to be computed."""
+
+NO_DIGESTS: Digests = MappingProxyType({})
 
 
 def anything(found: Found | None) -> None:
@@ -175,6 +178,10 @@ class PartialFile(Protocol):
     @property
     def etag(self) -> str:
         """Its entity-tag, once it is committed; "" before."""
+
+    @property
+    def digests(self) -> Mapping[str, bytes]:
+        """What it hashes to, once it is committed, by each name that was asked for."""
 
     async def append(self, data: memoryview) -> None:
         """Write ``data`` behind what was written; the memory may be reused afterwards.
@@ -200,7 +207,7 @@ class Batch(Protocol):
     """Files that become visible together or not at all, also where the power fails in between. One call at a time."""
 
     async def create(
-        self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
+        self, name: Name, length: int | None, check: Check = anything, digests: Digests = NO_DIGESTS
     ) -> PartialFile:
         """Begin a file of the batch, under a name of its own.
 
@@ -229,14 +236,14 @@ class Store(Protocol):
     """
 
     async def create(
-        self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
+        self, name: Name, length: int | None, check: Check = anything, digests: Digests = NO_DIGESTS
     ) -> PartialFile:
         """Begin a file.
 
         :param name: where it will be; folders are made when it is committed, not before.
         :param length: announced bytes, or None.
         :param check: asked now, and again in the moment in which the name changes hands.
-        :param digests: what the whole file has to hash to, by ``hashlib`` name; they are kept with it.
+        :param digests: of the whole file; they are kept with it.
         :raises Refused: if it could not become visible there, or there is no space for it.
         """
 
@@ -348,10 +355,12 @@ class StoredUpload(PartialFile, Protocol):
     async def take_from(self, other: StoredUpload) -> None:
         """Append all bytes of another upload that is held as well, without a trip through this process."""
 
-    async def name_it(self, name: Name, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS) -> Named:
+    async def name_it(self, name: Name, check: Check = anything, digests: Digests = NO_DIGESTS) -> Named:
         """Make all its bytes the file ``name``. It may be repeated, also after a crash in its middle.
 
-        :param digests: what the file has to hash to, by ``hashlib`` name; they are kept with it.
+        What was appended since the last commit is made durable with it, or without it if it is refused.
+
+        :param digests: of the whole file; they are kept with it.
         :raises Refused: as :meth:`PartialFile.commit`; the upload is what it was before then.
         """
 
@@ -363,6 +372,15 @@ class StoredUpload(PartialFile, Protocol):
 
     async def release(self) -> None:
         """Let others have it; harmless when repeated, and after :meth:`remove`."""
+
+    def hurry(self) -> None:
+        """Go ahead of other uploads from now on: somebody waits for this one. It does not block."""
+
+    def hand_over(self) -> Self | None:
+        """The same upload for another request, as if that had opened it; this one is released. It does not block.
+
+        :returns: None if it has to be released and opened: another process waits, or not all of it is durable.
+        """
 
 
 class ResumableStore(Store, Protocol):
@@ -402,6 +420,9 @@ class ResumableStore(Store, Protocol):
 
     async def list_uploads(self) -> list[str]:
         """The ids of all uploads."""
+
+    async def list_with_parts(self) -> list[str]:
+        """The ids of uploads that aren't files yet, and whose records have ``parts``: others that they need."""
 
     async def sweep_uploads(self) -> int:
         """Remove the uploads that have expired and that nobody holds. Returns how many."""

@@ -103,7 +103,6 @@ LEFT_OUT = {
     ("rufh", "4.1.4", 14): "not all resources can begin an upload, so OPTIONS * says nothing of limits",
     ("rufh", "4.1.4", 15): "there is always a limit of time",
     ("rufh", "4.6", 7): "the previous request is told, by 409",
-    ("rufh", "10.1", 3): "a digest that no client has told is not computed",
     ("rufh", "13", 1): "who knows the URI is authorized; there are no users here",
     ("rufh", "13", 5): "nothing looks for harm in what is uploaded",
 }

@@ -856,6 +856,56 @@ class ResumableStoreContract:
             assert (await upload.name_it(("other",)), upload.state.offset) == (named, len(data))
         assert await names_in(store) == ["file"]
 
+    async def test_named_with_its_last_bytes(self) -> None:
+        """The bytes since the last commit are in the file as well; if it is refused they count all the same."""
+        store = self.make_store()
+        right = {"sha256": hashlib.sha256(b"12345").digest()}
+        for length in (5, None):
+            upload = await uploaded(store, b"12", length)
+            await upload.append(memoryview(b"345"))
+            if length is None:
+                assert await refusal_of(upload.name_it(("file",), refuse_all)) is errors.PRECONDITION_FAILED
+            else:
+                wrong = {"sha256": bytes(32)}
+                assert await refusal_of(upload.name_it(("file",), anything, wrong)) is errors.DIGEST_MISMATCH
+            assert (upload.state.offset, upload.state.length) == (5, length)
+            upload = await uploaded(store, b"12", length)
+            await upload.append(memoryview(b"345"))
+            await upload.name_it(("file",), anything, right)
+            assert (upload.state.offset, upload.state.length) == (5, 5)
+            assert await get(store, ("file",)) == b"12345"
+
+    async def test_handed_over(self) -> None:
+        """One request may leave an upload to the next one, and nobody comes between; what isn't durable is in the way,
+        and so is somebody else who waits."""
+        store, other = self.make_store(), self.make_store()
+        upload: Any = await uploaded(store, b"12", 9)
+        await upload.append(memoryview(b"3"))
+        assert upload.hand_over() is None
+        await upload.discard()
+        heir = upload.hand_over()
+        await upload.release()
+        assert heir.state.offset == 2
+        assert await other.open_upload(heir.id) is None
+        assert heir.hand_over() is None
+        await heir.commit(memoryview(b"34"))
+        await heir.release()
+        upload = await held(other, heir.id)
+        assert upload.state.offset == 4
+        await upload.remove()
+        assert upload.hand_over() is None
+
+    async def test_list_with_parts(self) -> None:
+        """Uploads that wait for others are known apart, from their begin until they are files or gone."""
+        store: Any = self.make_store()
+        plain = await uploaded(store, b"1", 1)
+        first, second = [await uploaded(store, b"12", 2, parts=[plain.id]) for _ in range(2)]
+        assert sorted(await store.list_with_parts()) == sorted([first.id, second.id])
+        await first.name_it(("file",))
+        assert await store.list_with_parts() == [second.id]
+        await second.remove()
+        assert await store.list_with_parts() == []
+
     async def test_named_takes_no_more(self) -> None:
         """Late bytes go nowhere: not into the file, and not beside it."""
         store = self.make_store()
@@ -933,6 +983,20 @@ class ResumableStoreContract:
         await upload.name_it(("file",), anything, right)
         descriptor = await store.open_file(("file",))
         assert store.describe(descriptor).digests == {"sha256": right["sha256"]}
+        os.close(descriptor)
+
+    async def test_digest_of_all_parts(self) -> None:
+        """What nobody has told is computed over all requests that brought something, and kept."""
+        store = self.make_store()
+        upload = await uploaded(store, b"da", 4)
+        await upload.release()
+        upload = await held(store, upload.id)
+        await upload.commit(memoryview(b"ta"))
+        await upload.name_it(("file",), anything, {"sha512": None})
+        digests = {"sha512": hashlib.sha512(b"data").digest()}
+        assert upload.digests == digests
+        descriptor = await store.open_file(("file",))
+        assert store.describe(descriptor).digests == digests
         os.close(descriptor)
 
     async def test_refused_at_the_beginning(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name, Named, UploadState, anything
+from lwstwisted.interfaces import NO_DIGESTS, Check, Digests, Entry, Found, Name, Named, UploadState, anything
 
 
 async def at_once(call: str) -> None:
@@ -29,8 +29,8 @@ def _digest(name: str, data: bytes) -> bytes:
     return zlib.crc32(data).to_bytes(4, "big") if name == "crc32" else hashlib.new(name, data).digest()
 
 
-def _are(digests: Mapping[str, bytes], data: bytes) -> bool:
-    return all(_digest(name, data) == digest for name, digest in digests.items())
+def _are(digests: Digests, data: bytes) -> bool:
+    return all(digest in (None, _digest(name, data)) for name, digest in digests.items())
 
 
 @dataclass
@@ -86,13 +86,13 @@ class Disk:
         if not name or name in self.folders:
             raise Refused(errors.IS_FOLDER)
 
-    def put(self, name: Name, data: bytes, check: Check, digests: Mapping[str, bytes]) -> Named:
+    def put(self, name: Name, data: bytes, check: Check, digests: Digests) -> Named:
         """Make a file."""
         self.require_target(name)
         check(self.found(name))
         is_new = name not in self.files
         etag = f'"{next(self.etags)}"'
-        kept = {algorithm: digest for algorithm, digest in digests.items() if algorithm != "md5"}
+        kept = {algorithm: _digest(algorithm, data) for algorithm in digests if algorithm != "md5"}
         self.files[name] = (data, Found(etag, len(data), time.time(), kept))
         self.folders.update(name[:depth] for depth in range(1, len(name)))
         return Named(is_new, etag)
@@ -111,11 +111,12 @@ def _checked(name: Name) -> Name:
 class MemoryPartial:
     """A ``PartialFile``."""
 
-    def __init__(self, store: MemoryStore, name: Name, check: Check, digests: Mapping[str, bytes]) -> None:
+    def __init__(self, store: MemoryStore, name: Name, check: Check, digests: Digests) -> None:
         self.etag = ""
         self.name = name
         self.check = check
-        self.digests = digests
+        self.digests: dict[str, bytes] = {}
+        self.expected = digests
         self.data = b""
         self.is_over = False
         self.batch: MemoryBatch | None = None
@@ -139,12 +140,13 @@ class MemoryPartial:
         self.is_over = True
         self._store.require_room(len(data))
         self.data += data
-        if not _are(self.digests, self.data):
+        if not _are(self.expected, self.data):
             raise Refused(errors.DIGEST_MISMATCH)
+        self.digests = {name: _digest(name, self.data) for name in self.expected}
         if self.batch is not None:
             self.batch.keep(self)
             return True
-        named = self._store.disk.put(self.name, self.data, self.check, self.digests)
+        named = self._store.disk.put(self.name, self.data, self.check, self.expected)
         self.etag = named.etag
         return named.created
 
@@ -165,7 +167,7 @@ class MemoryBatch:
         self._store.require_room(length)
 
     async def create(
-        self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
+        self, name: Name, length: int | None, check: Check = anything, digests: Digests = NO_DIGESTS
     ) -> MemoryPartial:
         part = await self._store.create(name, length, check, digests)
         part.batch, part.is_over = self, self._is_over
@@ -183,7 +185,7 @@ class MemoryBatch:
         for part in parts:
             disk.require_target(part.name)
             part.check(disk.found(part.name))
-        named = [disk.put(part.name, part.data, anything, part.digests) for part in parts]
+        named = [disk.put(part.name, part.data, anything, part.expected) for part in parts]
         for part, one in zip(parts, named, strict=True):
             part.etag = one.etag
         return [one.created for one in named]
@@ -201,6 +203,7 @@ class MemoryUpload:
     def __init__(self, store: MemoryStore, id: str, kept: Kept) -> None:
         self.id = id
         self.data = kept.data
+        self.digests: dict[str, bytes] = {}
         self._store = store
         self._kept = kept
         kept.holder, kept.is_wanted = self, False
@@ -263,14 +266,21 @@ class MemoryUpload:
         other._require_open()
         self._append(other._kept.data)
 
-    async def name_it(self, name: Name, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS) -> Named:
+    async def name_it(self, name: Name, check: Check = anything, digests: Digests = NO_DIGESTS) -> Named:
         await self._store.before("name_it")
         if self._kept.named is not None:
             return self._kept.named
         self._require_open()
-        if not _are(digests, self.data):
-            raise Refused(errors.DIGEST_MISMATCH)
-        named = self._store.disk.put(_checked(name), self.data, check, digests)
+        try:
+            if not _are(digests, self.data):
+                raise Refused(errors.DIGEST_MISMATCH)
+            self.digests = {name: _digest(name, self.data) for name in digests}
+            named = self._store.disk.put(_checked(name), self.data, check, digests)
+        except Refused:
+            await self.checkpoint()
+            raise
+        if self._kept.length is None:
+            self._kept.length = len(self.data)
         self._kept.size, self._kept.named, self._kept.changed = len(self.data), named, time.time()
         self.data = self._kept.data = b""
         return named
@@ -287,6 +297,14 @@ class MemoryUpload:
 
     async def release(self) -> None:
         self.let_go()
+
+    def hurry(self) -> None:
+        pass
+
+    def hand_over(self) -> MemoryUpload | None:
+        if self._kept.holder is not self or self.data != self._kept.data or self.is_wanted():
+            return None
+        return MemoryUpload(self._store, self.id, self._kept)
 
     def let_go(self) -> None:
         """Let others have it."""
@@ -332,7 +350,7 @@ class MemoryStore:
     # Files
 
     async def create(
-        self, name: Name, length: int | None, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS
+        self, name: Name, length: int | None, check: Check = anything, digests: Digests = NO_DIGESTS
     ) -> MemoryPartial:
         _checked(name)
         await self.before("create")
@@ -424,6 +442,11 @@ class MemoryStore:
     async def list_uploads(self) -> list[str]:
         await self.before("list_uploads")
         return sorted(self.disk.uploads)
+
+    async def list_with_parts(self) -> list[str]:
+        await self.before("list_uploads")
+        kept = self.disk.uploads.items()
+        return sorted(id for id, one in kept if one.named is None and one.record.get("parts"))
 
     async def sweep_uploads(self) -> int:
         await self.before("sweep")

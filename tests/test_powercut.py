@@ -606,7 +606,7 @@ from lwstwisted.interfaces import anything
 from lwstwisted.stores.resumable import UploadFile
 from lwstwisted.stores.space import Space
 from lwstwisted.stores.tree import Tree
-from lwstwisted.uploads.session import Plan, _record_of
+from lwstwisted.uploads.plan import Plan, record_of
 from tests import calllog
 
 def sync_folder(tree, descriptor):
@@ -619,7 +619,7 @@ calllog.install(log)
 real, Tree.sync_folder = Tree.sync_folder, sync_folder
 tree, name = Tree(root, "full", True), (b"a",)
 tree.space = Space(tree.partial, 0, None)
-upload = UploadFile.begin(tree, _record_of(Plan(("a",), 5)), 5, 3600.0, name, anything)
+upload = UploadFile.begin(tree, record_of(Plan(("a",), 5)), 5, 3600.0, name, anything)
 upload.commit(memoryview(b"hello"))
 upload.name_it(name, anything, {})
 """
@@ -670,7 +670,7 @@ from lwstwisted.interfaces import anything
 from lwstwisted.stores.resumable import UploadFile
 from lwstwisted.stores.space import Space
 from lwstwisted.stores.tree import Tree
-from lwstwisted.uploads.session import Plan, _record_of
+from lwstwisted.uploads.plan import Plan, record_of
 from tests.calllog import position_in
 from tests.powercut_history import content_of
 
@@ -689,7 +689,7 @@ content = memoryview(content_of("seed", 15000))
 tree, name = Tree(root, "full", True), (b"a",)
 tree.space = Space(tree.partial, 0, None)
 begun = position()
-upload = UploadFile.begin(tree, _record_of(Plan(("a",), 15000)), 15000, 3600.0, name, anything)
+upload = UploadFile.begin(tree, record_of(Plan(("a",), 15000)), 15000, 3600.0, name, anything)
 begun = tell("begin", 0)
 real, Tree.sync_file = Tree.sync_file, sync_file
 upload.append(content[:5000])

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from types import ModuleType
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -198,6 +199,10 @@ class Life:
             # What replaced a file and could not be synced is for the next process.
             again(lambda: file.name_it(self.path, anything, {}), tree.doubtful.clear)
             self.is_named = True
+        self.end(tree, file)
+
+    def end(self, tree: Tree, file: UploadFile) -> None:
+        """Nobody needs it any more."""
         self.is_ending = True
         with contextlib.suppress(OSError):
             file.remove()
@@ -230,10 +235,41 @@ class Life:
         raise AssertionError("one fault costs more than one request")
 
 
+class QuickLife(Life):
+    """One whose last bytes become durable together with its name."""
+
+    def live(self, tree: Tree) -> None:
+        file = again(lambda: UploadFile.begin(tree, {"target": self.target}, self.length, DAY, self.path, anything))
+        self.id = file.id
+        self.reach(file, 100_000)
+        for _ in range(3):
+            self.written = len(DATA)
+            try:
+                file.append(memoryview(DATA[file.state.offset :]))
+                file.name_it(self.path, anything, {})
+            except (OSError, Refused):
+                self.told = file.state.offset
+                again(file.discard)
+                tree.doubtful.clear()
+                if file.state.offset == len(DATA):
+                    again(lambda: file.name_it(self.path, anything, {}), tree.doubtful.clear)
+            if file.state.named is not None:
+                break
+        assert file.state.named is not None, "one fault costs more than one request"
+        self.told, self.is_named = len(DATA), True
+        self.end(tree, file)
+
+    @property
+    def target(self) -> list[str]:
+        return [segment.decode() for segment in self.path]
+
+
 LIVES: list[Callable[[], Life]] = [
     lambda: Life(len(DATA), (b"new", b"deep", b"file")),
     lambda: Life(None, (b"replaced",)),
     lambda: Life(None, (b"new",), is_cancelled=True),
+    lambda: QuickLife(len(DATA), (b"new", b"deep", b"file")),
+    lambda: QuickLife(None, (b"replaced",)),
 ]
 
 
@@ -432,9 +468,11 @@ class OrderTests(LocalCase):
             *("mkdir /a", "fsync /", "link /a/file", "fsync /a", "unlink PARTIAL"),
             *noted,
         ]
-        upload = await self.reopened(store, await uploaded(store, b"x", 1))
+        upload = await self.reopened(store, await uploaded(store, b"", 1))
+        await upload.append(memoryview(b"x"))
         with traced("-e", WATCHED) as lines:
             await upload.name_it(("a", "file"))
+        # Bytes that were not committed cost no sync of their own.
         assert self.seen(lines, upload.id) == [
             *link,
             *("mkdir /a", "link /a/file", "rename /a/file", "fsync /a"),
@@ -468,6 +506,107 @@ class OrderTests(LocalCase):
             assert sum("(INJECTED)" in line for line in lines) > 0, call
             assert await get(store, (call, "file")) == sample(EDGE) * 2
             await store.stop()
+
+
+class QueueTests(LocalCase):
+    """A disk that is so slow that calls wait for each other."""
+
+    @contextmanager
+    def busy(self, store: LocalStore) -> Iterator[None]:
+        """All threads that write do so, and don't come back."""
+        over = Event()
+        writing: Deferred[bool] = Deferred.fromCoroutine(store._threads.finish(over.wait, PATIENCE))
+        try:
+            yield
+            assert not writing.called, "somebody has waited for them"
+        finally:
+            over.set()
+
+    async def test_who_only_asks(self) -> None:
+        """Who opens an upload that nobody holds, and lets it go, waits for nobody's syncs."""
+        store = self.make_store(threads=1)
+        upload = await uploaded(store, b"123")
+        await upload.release()
+        with self.busy(store):
+            upload = await held(store, upload.id)
+            assert upload.state.offset == 3
+            await upload.release()
+            await (await held(store, upload.id)).release()
+
+    async def test_who_is_waited_for(self) -> None:
+        """What is wanted is made durable at once, also if it was asked for before; the others keep their order."""
+        store = self.make_store(threads=1)
+        wanted, later, other = [await uploaded(store, b"") for _ in range(3)]
+        with self.busy(store):
+            writing: Deferred[bool] = Deferred.fromCoroutine(wanted.commit(memoryview(b"12")))
+            waiting: Deferred[bool] = Deferred.fromCoroutine(other.commit(memoryview(b"1")))
+            wanted.hurry()
+            await writing
+            later.hurry()
+            await later.commit(memoryview(b"1234"))
+            assert [one.state.offset for one in (wanted, later, other)] == [2, 4, 0]
+            assert not waiting.called
+        await waiting
+        assert other.state.offset == 1
+
+    async def test_nothing_new(self) -> None:
+        """Who leaves without having brought anything waits for no thread."""
+        store = self.make_store(threads=1)
+        upload = await uploaded(store, b"123")
+        with self.busy(store):
+            await upload.commit(NOTHING)
+
+    async def test_urgent_calls_at_the_end(self) -> None:
+        """A store that stops waits for them."""
+        store = self.make_store(threads=1)
+        upload = await uploaded(store, b"")
+        upload.hurry()
+        writing: Deferred[bool] = Deferred.fromCoroutine(upload.commit(memoryview(b"123")))
+        await store.stop()
+        assert writing.called
+        store = self.make_store()
+        assert (await store.look_at_upload(upload.id)).offset == 3
+
+
+class ReadingTests(LocalCase):
+    """Thousands of uploads that nobody continues."""
+
+    async def left(self, count: int) -> list[str]:
+        """Uploads of an earlier run."""
+        store = self.make_store(durability="none", quota=QUOTA)
+        uploads = [await uploaded(store, b"123", 9) for _ in range(count)]
+        await store.stop()
+        for upload in uploads:
+            os.utime(self.root / ".lwstwisted" / "uploads" / upload.id, (0, 0))
+        return [upload.id for upload in uploads]
+
+    async def test_read_once(self) -> None:
+        """To count bytes, to look for concatenations and to sweep, each record is opened once; and again when it has
+        changed."""
+        ids = await self.left(5)
+        with traced("-e", "trace=openat") as lines:
+            store = self.make_store(durability="none", quota=QUOTA)
+            await store.list_with_parts()
+            await store.sweep_uploads()
+            await store.sweep_uploads()
+        opened = [id for line in lines for id in ids if f'"{id}"' in line]
+        assert sorted(opened) == sorted(ids)
+        await (await held(store, ids[0])).keep({"parts": ["x"]}, 9)
+        assert await store.list_with_parts() == [ids[0]]
+        os.unlink(self.root / ".lwstwisted" / "uploads" / ids[1])
+        await store.sweep_uploads()
+        assert ids[1].encode() not in store._records._known
+
+    async def test_changes_in_one_tick(self) -> None:
+        """A record that was read just when it was written is read again: its time says nothing of what came behind."""
+        store = self.make_store(durability="none")
+        upload = await uploaded(store, b"123", 9)
+        path = self.root / ".lwstwisted" / "uploads" / upload.id
+        assert await store.list_with_parts() == []
+        status = os.stat(path)
+        await upload.keep({"parts": ["x"]}, 9)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert await store.list_with_parts() == [upload.id]
 
 
 class SyncTests(LocalCase):
@@ -555,6 +694,42 @@ class SyncTests(LocalCase):
         with traced("-e", "trace=fsync") as lines:
             assert await refusal_of(upload.name_it(("file",))) is errors.STORE_FAILED
         assert not any("fsync(" in line for line in lines)
+
+    async def test_name_beyond_the_number(self) -> None:
+        """Bytes that are a file already are never cut off, though their number could not be noted: the next one to ask
+        finds the file."""
+        for is_new in (True, False):
+            store = self.make_store(threads=1)
+            if not is_new:
+                await put(store, ("file",), b"old")
+            upload = await uploaded(store, b"1", 3, target=("file",))
+            await upload.append(memoryview(b"23"))
+            # The record fails, and so does what would be noted instead.
+            with traced("-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=3+"):
+                assert await refusal_of(upload.name_it(("file",))) is errors.STORE_FAILED
+            assert upload.state.offset == 1
+            assert await get(store, ("file",)) == b"123"
+            assert await refusal_of(upload.discard()) is errors.STORE_FAILED
+            await upload.release()
+            assert await get(store, ("file",)) == b"123"
+            upload = await held(store, upload.id)
+            assert upload.state.named is not None
+            assert await get(store, ("file",)) == b"123"
+            await store.delete(("file",))
+
+    async def test_unsynced_name(self) -> None:
+        """Last bytes whose sync fails, together with the name or before, are no file and don't count."""
+        store = self.make_store(threads=1)
+        upload = await uploaded(store, b"1", 3)
+        await upload.append(memoryview(b"23"))
+        lines = await self.failing(1, store, lambda: upload.name_it(("file",)))
+        assert len(lines) == 1
+        assert (upload.state.offset, await names_in(store)) == (1, [])
+        assert await refusal_of(upload.name_it(("file",))) is errors.STORE_FAILED
+        await upload.discard()
+        await upload.append(memoryview(b"45"))
+        await upload.name_it(("file",))
+        assert await get(store, ("file",)) == b"145"
 
     async def test_name_that_a_crash_has_left(self) -> None:
         """A start notes it, before others change the name: an old upload never comes back in their place."""

@@ -230,6 +230,19 @@ class FieldsContract:
         self.assertEqual((await self.ask("DELETE", "/files/x", If_Match=tag)).status, 204)
         self.assertFalse((self.root / "x").exists())
 
+    async def test_digest_is_wanted(self: Any) -> None:
+        """Who wants to know what arrived is told so, and so is who fetches it later."""
+        of_all = {name: base64.b64encode(hashlib.new(name, b"data").digest()).decode() for name in ("sha256", "sha512")}
+        for wanted, said in (
+            ("sha-256=1", f"sha-256=:{of_all['sha256']}:"),
+            ("sha-256=1, sha-512=2", f"sha-512=:{of_all['sha512']}:"),
+            ("sha-256=0, md5=9", None),
+            ("?", None),
+        ):
+            put = await self.ask("PUT", "/files/x", b"data", Want_Repr_Digest=wanted)
+            self.assertEqual((put.status in (201, 204), put["Repr-Digest"]), (True, said), wanted)
+            self.assertEqual((await self.ask("GET", "/files/x", Want_Repr_Digest=wanted))["Repr-Digest"], said)
+
     async def test_of_another_origin(self: Any) -> None:
         """What a page of another site makes a browser send changes nothing; reading is harmless, as it sees nothing."""
         (host, port), own = self.address, f"{self.address[0]}:{self.address[1]}"

@@ -15,7 +15,7 @@ import struct
 import subprocess
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,10 @@ class FailingFile:
     @property
     def etag(self) -> str:
         return self._part.etag
+
+    @property
+    def digests(self) -> Mapping[str, bytes]:
+        return self._part.digests
 
     async def append(self, data: memoryview) -> None:
         self._count()

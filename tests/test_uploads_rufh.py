@@ -996,10 +996,12 @@ class EndTests(RufhCase):
         """Only an empty last request is answered, as before; the file stays as it is."""
         path = await self.begin(body=b"da")
         first = await self.go_on(path, 2, b"ta", True)
-        again = await self.go_on(path, 4, b"", True)
-        same = ("ETag", "Location", "Content-Location", "Upload-Complete")
-        self.assertEqual([again[name] for name in same], [first[name] for name in same])
-        self.assertEqual((again.status, again["Location"]), (201, "/files/file"))
+        for is_chunked in (False, True):
+            again = await self.go_on(path, 4, b"", True, chunked=is_chunked)
+            same = ("ETag", "Location", "Content-Location", "Upload-Complete")
+            self.assertEqual([again[name] for name in same], [first[name] for name in same])
+            self.assertEqual((again.status, again["Location"]), (201, "/files/file"))
+        self.assertEqual((await self.go_on(path, 4, b"x", True, chunked=True)).status, 400)
         for body, is_complete, more in ((b"x", True, {}), (b"x", False, {}), (b"", False, {})):
             answer = await self.go_on(path, 4, body, is_complete, **more)
             self.assertEqual(answer.status, 400, (body, is_complete))
@@ -1258,9 +1260,9 @@ class DigestTests(RufhCase):
         kept = await self.ask("GET", "/files/file", fields={"Want-Repr-Digest": "sha-256=1"})
         self.assertEqual(kept["Repr-Digest"], digest_field(b"data"))
 
-    @requires("rufh", "10.1", "SHOULD", "A digest that the creation wants is told, if it is known.", 2)
+    @requires("rufh", "10.1", "SHOULD", "A digest that the creation wants is told.", 2, 3)
     async def test_wanted(self) -> None:
-        """By the algorithm that is preferred, if the file's digest is known."""
+        """By the algorithm that is preferred, be it one that the client told or not."""
         digests = f"{digest_field(b'data')}, {digest_field(b'data', 'sha-512')}"
         table = {"sha-256=1, sha-512=9": "sha-512", "sha-256=3, md5=9": "sha-256", "md5=1": None}
         for wanted, algorithm in table.items():
@@ -1271,8 +1273,12 @@ class DigestTests(RufhCase):
         fields = {**LAST.fields(True), "Repr-Digest": digests, "Want-Repr-Digest": "sha-256=1"}
         answer = await self.ask("PUT", "/files/x", b"data", fields)
         self.assertEqual(answer["Repr-Digest"], digest_field(b"data"))
-        path = await self.begin({"Want-Repr-Digest": "sha-256=1"}, b"da")
-        self.assertIsNone((await self.go_on(path, 2, b"ta", True))["Repr-Digest"])
+        for wanted, algorithm in table.items():
+            path = await self.begin({"Want-Repr-Digest": wanted}, b"da")
+            answer = await self.go_on(path, 2, b"ta", True)
+            self.assertEqual(answer["Repr-Digest"], algorithm and digest_field(b"data", algorithm), wanted)
+        kept = await self.ask("GET", "/files/file", fields={"Want-Repr-Digest": "sha-256=1"})
+        self.assertIsNone(kept["Repr-Digest"])  # of the last one, which wanted none that we have
 
     @requires("rufh", "10.2", "SHOULD", "Content that isn't what Content-Digest says is not appended, and refused.", 1)
     async def test_of_a_request(self) -> None:

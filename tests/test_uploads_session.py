@@ -32,7 +32,8 @@ from lwstwisted.uploads import appending
 from lwstwisted.uploads import session as module
 from lwstwisted.uploads.appending import Proof
 from lwstwisted.uploads.conditions import Conditions
-from lwstwisted.uploads.session import Plan, Role, Session, Sessions, State
+from lwstwisted.uploads.plan import Plan, Role
+from lwstwisted.uploads.session import Session, Sessions, State
 from lwstwisted.uploads.transfer import WORTH_A_WRITE
 from tests.contracts import get, names_in, put, refusal_of, sample
 from tests.memory_store import Disk, MemoryStore
@@ -399,6 +400,110 @@ class SessionTests:
             step = 1 if seconds else 2
             assert offsets == [len(block) * at for at in range(step, blocks + 1, step)]
 
+    async def test_checkpoints_of_a_slow_client(self) -> None:
+        """However little comes, it is durable, and its client told so, when the oldest of it is five seconds old."""
+        clock, offsets = Clock(), list[int]()
+        sessions = self.make_sessions(reactor=clock)
+        async with sessions.begun(Plan(("file",), None)) as session:
+            body = Body()
+            sending = running(session.append(body, None, offsets.append))
+            await body.accepted
+            for second in range(1, 15):
+                if second != 7:
+                    body.feed(b"x")
+                clock.advance(1)
+                # One came in each second but the seventh.
+                due = {5: 5, 10: 9}.get(second)
+                await self.settled(session, offsets, due)
+            clock.advance(1)
+            await self.settled(session, offsets, 13)
+            for _ in range(3):  # nothing new, nothing to do
+                clock.advance(appending.CHECKPOINT_TIME)
+                await self.settled(session, offsets, None)
+            assert offsets == [5, 9, 13]
+            body.feed(b"end")
+            body.end()
+            await sending
+            assert session.offset == 16
+            assert [call for call in clock.getDelayedCalls() if "Appending" in str(call.func)] == []
+
+    async def test_no_time_with_a_proof(self) -> None:
+        """Bytes that have to be proved wait for their end, however long that takes."""
+        clock, offsets = Clock(), list[int]()
+        sessions = self.make_sessions(reactor=clock)
+        async with sessions.begun(Plan(("file",), None)) as session:
+            body = Body()
+            sending = running(session.append(body, proof_of(b"12"), offsets.append))
+            await body.accepted
+            for data in (b"1", b"2"):
+                body.feed(data)
+                clock.advance(2 * appending.CHECKPOINT_TIME)
+                await self.settled(session, offsets, None)
+            body.end()
+            await sending
+            assert (offsets, session.offset) == ([], 2)
+
+    async def test_last_bytes_and_name(self) -> None:
+        """With its last bytes an upload becomes a file, as soon as its length is known or its client says so; what is
+        against that is told when it is asked for."""
+        store = self.make_store()
+        sessions = self.make_sessions(store)
+        for length, ends, is_last, state in (
+            (3, True, False, State.NAMED),
+            (3, False, True, State.NAMED),
+            (None, False, True, State.NAMED),
+            (3, False, False, State.WHOLE),
+            (None, True, False, State.OPEN),
+            (4, False, True, State.OPEN),
+        ):
+            case = (length, ends, is_last)
+            async with sessions.begun(Plan((f"{case}",), length, ends_at_length=ends)) as session:
+                await session.append(Body.whole(b"123"), None, None, is_last)
+                assert (session.state, session.offset) == (state, 3), case
+            assert (f"{case}" in await names_in(store)) is (state is State.NAMED), case
+        part = Plan((), 3, role=Role.PART)
+        async with sessions.begun(part) as session:
+            await session.append(Body.whole(b"123"), None, None, True)
+            assert session.state is State.WHOLE
+        await put(store, ("file",), b"other")
+        async with sessions.begun(Plan(("new",), 3, digests={"sha256": bytes(32)})) as session:
+            await session.append(Body.whole(b"123"), proof_of(b"123"))
+            assert (session.state, session.offset) == (State.WHOLE, 3)
+            assert await refusal_of(session.finish()) is errors.DIGEST_MISMATCH
+            assert session.is_gone
+
+    async def test_end_of_a_body_that_is_cut(self) -> None:
+        """All bytes of a chunked body without its end are no file before somebody asks: more of them may have come."""
+        store = self.make_store()
+        sessions = self.make_sessions(store)
+        id = await begin(sessions, Plan(("file",), None, ends_at_length=False))
+        async with sessions.opened(id) as session:
+            with contextlib.suppress(BodyCut):
+                await session.append(Body.cut_behind(b"123"), None, None, True)
+                raise AssertionError("it was whole")
+            assert (session.state, session.length, session.offset) == (State.OPEN, None, 3)
+
+    async def test_nothing_is_repeated(self) -> None:
+        """Whether a body whose length nobody tells has any bytes is known with the first one, and none is kept."""
+        store = self.make_store()
+        sessions = self.make_sessions(store)
+        id = await begin(sessions, Plan(("file",), 3), b"123")
+        async with sessions.opened(id) as session:
+            for body in (Body.whole(b""), Body()):
+                asking = running(session.require_nothing(body))
+                body.end()
+                await asking
+            assert await refusal_of(session.require_nothing(Body(1))) is errors.UPLOAD_FINISHED
+            body = Body()
+            asking = running(session.require_nothing(body))
+            body.feed(b"4")
+            assert await refusal_of(asking) is errors.UPLOAD_FINISHED
+            assert body._over.called
+            with contextlib.suppress(BodyCut):
+                await session.require_nothing(Body.cut_behind(b""))
+                raise AssertionError("it was whole")
+        assert await get(store, ("file",)) == b"123"
+
     async def settled(self, session: Session, offsets: list[int], offset: int | None) -> None:
         """Wait until what came is written, and told to be durable where that is due."""
         end = time.monotonic() + PATIENCE
@@ -537,6 +642,21 @@ class MemorySessionTests(MemoryCase, SessionTests):
             assert (session.offset, offsets) == (1, [])
         assert await head(sessions, id) == (State.OPEN, 1)
 
+    async def test_refused_once(self) -> None:
+        """What the last bytes were refused with is told as it was, and not tried once more; a later request tries."""
+        names = 0
+
+        async def count(call: str) -> None:
+            nonlocal names
+            names += call == "name_it"
+
+        sessions = self.make_sessions(self.make_store(before=count))
+        plan = Plan(("file",), 3, digests={"sha256": bytes(32)})
+        async with sessions.begun(plan) as session:
+            await session.append(Body.whole(b"123"))
+            assert await refusal_of(session.finish()) is errors.DIGEST_MISMATCH
+        assert names == 1
+
     async def test_failed_write(self) -> None:
         """A disk that fills up in the middle: what was written counts, and the answer says why."""
         writes = 0
@@ -585,6 +705,29 @@ class MemorySessionTests(MemoryCase, SessionTests):
 
 class LocalSessionTests(LocalCase, SessionTests):
     """Over the store on disk."""
+
+    async def test_heirs(self) -> None:
+        """Requests that wait for one that holds an upload get it from that: it is opened once."""
+        store = self.make_store()
+        sessions = self.make_sessions(store)
+        id, opened, open_upload = await begin(sessions, Plan(("file",), 9)), [], store.open_upload
+
+        def counting(id: str) -> Any:
+            opened.append(id)
+            return open_upload(id)
+
+        self.patch(store, "open_upload", counting)
+        body = Body()
+        leaving = running(append(sessions, id, body))
+        await body.accepted
+        body.feed(b"123")
+        asked = [running(head(sessions, id)) for _ in range(3)]
+        assert [await one for one in asked] == [(State.OPEN, 3)] * 3
+        assert await refusal_of(leaving) is errors.UPLOAD_TAKEN
+        assert opened == [id]
+        assert await head(sessions, id) == (State.OPEN, 3)
+        await cancel(sessions, id)
+        assert await store.list_uploads() == []
 
 
 class Turns:

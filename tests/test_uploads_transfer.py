@@ -9,7 +9,7 @@ import socket
 import ssl
 import tempfile
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -559,6 +559,10 @@ class GatedFile:
     @property
     def etag(self) -> str:
         return self._part.etag
+
+    @property
+    def digests(self) -> Mapping[str, bytes]:
+        return self._part.digests
 
     async def append(self, data: memoryview) -> None:
         self._store.appended += len(data)

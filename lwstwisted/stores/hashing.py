@@ -36,12 +36,12 @@ def new_hash(name: str) -> _Hash:
 class RunningDigests:
     """Hashes bytes as they come.
 
-    :param expected: what all of them together should hash to, by ``hashlib`` name, or ``crc32``.
+    :param expected: what all of them together should hash to, by ``hashlib`` name, or ``crc32``; None for anything.
     """
 
     __slots__ = ("_expected", "_hashes")
 
-    def __init__(self, expected: Mapping[str, bytes]) -> None:
+    def __init__(self, expected: Mapping[str, bytes | None]) -> None:
         self._expected = expected
         self._hashes = {name: new_hash(name) for name in expected}
 
@@ -52,4 +52,8 @@ class RunningDigests:
 
     def wrong(self) -> list[str]:
         """The digests that aren't what they should be."""
-        return [name for name, running in self._hashes.items() if running.digest() != self._expected[name]]
+        return [name for name, digest in self.found().items() if self._expected[name] not in (None, digest)]
+
+    def found(self) -> dict[str, bytes]:
+        """What the bytes hash to, by each name."""
+        return {name: running.digest() for name, running in self._hashes.items()}

@@ -47,13 +47,13 @@ from twisted.logger import Logger
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import NO_DIGESTS, Check, Name, Named, UploadState, anything
+from lwstwisted.interfaces import NO_DIGESTS, Check, Digests, Name, Named, UploadState, anything
 from lwstwisted.stores import record
 from lwstwisted.stores.hashing import RunningDigests
 from lwstwisted.stores.locks import lock_byte
 from lwstwisted.stores.placing import OpenPartial, finish_file
 from lwstwisted.stores.space import STEP, Reservation, fallocate
-from lwstwisted.stores.threads import Threads
+from lwstwisted.stores.threads import Lane, Threads
 from lwstwisted.stores.tree import (
     OWN_NAME,
     PARTIAL_MODE,
@@ -76,6 +76,8 @@ _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = _OPEN | os.O_CREAT | os.O_EXCL
 
 _log = Logger()
+
+
 def data_name(id: bytes) -> bytes:
     """The file that has the bytes of an upload."""
     return id + b".data"
@@ -92,6 +94,7 @@ class UploadFile:
         self._data = -1
         self._end = 0
         self._lifetime = 0.0
+        self.digests: dict[str, bytes] = {}
         self._has_lost = False
         self._entered = Lock()
         self._syncing = Lock()
@@ -100,6 +103,12 @@ class UploadFile:
     def is_open(self) -> bool:
         """Whether it is held."""
         return self._record >= 0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is held, and all of it is durable."""
+        is_noted = self.state.named is not None or (self._data >= 0 and self._end == self.state.offset)
+        return self._record >= 0 and is_noted and not self._has_lost
 
     # How it begins
 
@@ -194,7 +203,23 @@ class UploadFile:
                 _log.error("store: the bytes of an upload are lost: {id}", id=self.id.decode())
             self._remove(folder)
             raise Refused(errors.UPLOAD_NOT_FOUND)
-        self._cut_off()
+        if size > self.state.offset and os.fstat(self._data).st_nlink > 1:
+            self._go_on_naming()
+        else:
+            self._cut_off()
+
+    def _go_on_naming(self) -> None:
+        """Note what a crash behind the sync of all bytes has kept from that. They may be a file: not one is cut off."""
+        named = self._already(encoded(self.target))
+        if named is not None:
+            self._end_as(named)
+        else:
+            self.checkpoint()
+
+    @property
+    def target(self) -> Name:
+        """The name that it is meant to have."""
+        return tuple(self.state.record.get("target", ())) or (self.id.decode(),)
 
     # Its bytes
 
@@ -253,16 +278,16 @@ class UploadFile:
     def verify(self, digests: Mapping[str, bytes]) -> bool:
         with self._entered:
             self._require_open()
-            return self._hashes_to(digests, self.state.offset)
+            return not self._hashed(digests, self.state.offset).wrong()
 
-    def _hashes_to(self, digests: Mapping[str, bytes], begin: int) -> bool:
+    def _hashed(self, digests: Digests, begin: int) -> RunningDigests:
         running = RunningDigests(digests)
         at = begin
         while digests and at < self._end:
             data = os.pread(self._data, min(_READ, self._end - at), at)
             at += _some(len(data))
             running.update(data)
-        return not running.wrong()
+        return running
 
     def discard(self) -> None:
         with self._entered, self._syncing:
@@ -272,6 +297,8 @@ class UploadFile:
     def _cut_off(self) -> None:
         """Forget what isn't committed."""
         if (surplus := self._end - self.state.offset) > 0:
+            if os.fstat(self._data).st_nlink > 1:
+                raise OSError(errno.EBUSY, "the bytes may be a file already")
             os.ftruncate(self._data, self.state.offset)
             self._end = self.state.offset
             if self.state.length is None:
@@ -343,16 +370,23 @@ class UploadFile:
 
     # Its end
 
-    def name_it(self, path: Segments, check: Check, digests: Mapping[str, bytes]) -> Named:
+    def name_it(self, path: Segments, check: Check, digests: Digests) -> Named:
         with self._entered:
             if self.state.named is not None:
                 return self.state.named
-            self.checkpoint()
-            if not self._hashes_to(digests, 0):
-                raise Refused(errors.DIGEST_MISMATCH)
-            named = self._already(path) or self._publish(path, check, digests)
-            self._end_as(named)
-            return named
+            self._require_open()
+            try:
+                hashed = self._hashed(digests, 0)
+                if hashed.wrong():
+                    raise Refused(errors.DIGEST_MISMATCH)
+                self.digests = hashed.found()
+                named = self._already(path) or self._publish(path, check, self.digests)
+                self._end_as(named)
+                return named
+            except BaseException:
+                if self.state.named is None and not self._has_lost:
+                    self.checkpoint()
+                raise
 
     def adopt(self, path: Segments) -> None:
         """Note that it has its name, if a crash has kept that from being done."""
@@ -361,7 +395,9 @@ class UploadFile:
                 self._end_as(named)
 
     def _end_as(self, named: Named) -> None:
-        self._note(replace(self.state, named=named), has_changed=True)
+        """Note its name, and with that the bytes since the last commit, which were synced before it got one."""
+        length = self._end if self.state.length is None else self.state.length
+        self._note(replace(self.state, named=named, offset=self._end, length=length), has_changed=True)
         with suppress(OSError, Refused), self._tree.folder(UPLOAD_FOLDER) as folder:
             os.unlink(data_name(self.id), dir_fd=folder)
         data, self._data = self._data, -1
@@ -380,7 +416,11 @@ class UploadFile:
         return None
 
     def _publish(self, path: Segments, check: Check, digests: Mapping[str, bytes]) -> Named:
-        etag = finish_file(self._tree, self._data, digests)
+        try:
+            etag = finish_file(self._tree, self._data, digests)
+        except BaseException:
+            self._has_lost = self._end > self.state.offset
+            raise
         fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
         name = new_own_name()
         file = OpenPartial(self._tree, os.dup(self._data), name)
@@ -457,14 +497,18 @@ def open_record(id: bytes, folder: int) -> int:
 class LocalUpload:
     """A :class:`~lwstwisted.interfaces.StoredUpload` on disk.
 
+    :param threads: for what writes.
+    :param others: for what needs no sync.
     :param siblings: the uploads of the store that are held, which it leaves when it is released.
     """
 
-    def __init__(self, file: UploadFile, threads: Threads, siblings: set[LocalUpload]) -> None:
+    def __init__(self, file: UploadFile, threads: Threads, others: Threads, siblings: set[LocalUpload]) -> None:
         self.id = file.id.decode()
         self._file = file
         self._threads = threads
+        self._others = others
         self._siblings = siblings
+        self._lane = Lane()
         siblings.add(self)
 
     @property
@@ -477,42 +521,49 @@ class LocalUpload:
         """See :class:`~lwstwisted.interfaces.PartialFile`."""
         return "" if self.state.named is None else self.state.named.etag
 
+    @property
+    def digests(self) -> Mapping[str, bytes]:
+        """See :class:`~lwstwisted.interfaces.PartialFile`; nobody knows after the next request."""
+        return self._file.digests
+
     async def append(self, data: memoryview) -> None:
         """See :class:`~lwstwisted.interfaces.PartialFile`."""
-        await self._threads.run(self._file.append, data)
+        await self._threads.run(self._file.append, data, lane=self._lane)
 
     async def commit(self, data: memoryview) -> bool:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
-        return await self._threads.run(self._file.commit, data)
+        if not data and self.state.named is None and self._file.is_settled:
+            return True
+        return await self._threads.run(self._file.commit, data, lane=self._lane)
 
     async def checkpoint(self) -> None:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
-        await self._threads.run(self._file.checkpoint)
+        await self._threads.run(self._file.checkpoint, lane=self._lane)
 
     async def verify(self, digests: Mapping[str, bytes]) -> bool:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
-        return await self._threads.run(self._file.verify, digests)
+        return await self._threads.run(self._file.verify, digests, lane=self._lane)
 
     async def discard(self) -> None:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
         if self._file.is_open:
-            await self._threads.finish(self._file.discard)
+            await self._threads.finish(self._file.discard, lane=self._lane)
 
     async def keep(self, record: Mapping[str, Any], length: int | None) -> None:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
-        await self._threads.run(self._file.keep, record, length)
+        await self._threads.run(self._file.keep, record, length, lane=self._lane)
 
     async def take_from(self, other: Any) -> None:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
-        await self._threads.run(self._file.take_from, cast(LocalUpload, other)._file)
+        await self._threads.run(self._file.take_from, cast(LocalUpload, other)._file, lane=self._lane)
 
-    async def name_it(self, name: Name, check: Check = anything, digests: Mapping[str, bytes] = NO_DIGESTS) -> Named:
+    async def name_it(self, name: Name, check: Check = anything, digests: Digests = NO_DIGESTS) -> Named:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
-        return await self._threads.run(self._file.name_it, encoded(name), check, digests)
+        return await self._threads.run(self._file.name_it, encoded(name), check, digests, lane=self._lane)
 
     async def remove(self) -> None:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
-        await self._threads.run(self._file.remove)
+        await self._threads.run(self._file.remove, lane=self._lane)
 
     def is_wanted(self) -> bool:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
@@ -520,6 +571,22 @@ class LocalUpload:
 
     async def release(self) -> None:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
+        if self not in self._siblings:
+            return  # it is another one's by now
         self._siblings.discard(self)
         if self._file.is_open:
-            await self._threads.finish(self._file.close)
+            await self._others.finish(self._file.close)
+
+    def hurry(self) -> None:
+        """Go ahead of other uploads from now on: somebody waits for this one."""
+        self._threads.hurry(self._lane)
+
+    def hand_over(self) -> LocalUpload | None:
+        """The same upload for another request, as if that had opened it; this one is released.
+
+        :returns: None if it has to be opened for that: another process waits, or not all of it is as it was noted.
+        """
+        if not self._file.is_settled or self._file.is_wanted():
+            return None
+        self._siblings.discard(self)
+        return LocalUpload(self._file, self._threads, self._others, self._siblings)

@@ -22,7 +22,7 @@ from twisted.logger import Logger
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import NO_DIGESTS, Check, Entry, Found, Name
+from lwstwisted.interfaces import Check, Entry, Found, Name
 from lwstwisted.stores.locks import NameLocks
 from lwstwisted.stores.names import STATE_FOLDER, parse_name
 from lwstwisted.stores.space import Space, Usage
@@ -82,10 +82,10 @@ def encoded(name: Name) -> Segments:
     return path
 
 
-def found_of(status: os.stat_result, digests: Mapping[str, bytes] = NO_DIGESTS) -> Found:
+def found_of(status: os.stat_result, digests: Mapping[str, bytes] | None = None) -> Found:
     """A finished file. It is never written to again, so inode, size and time tell one from the next."""
     etag = f'"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"'
-    return Found(etag, status.st_size, status.st_mtime, digests)
+    return Found(etag, status.st_size, status.st_mtime, digests or {})
 
 
 def keep_digests(descriptor: int, digests: Mapping[str, bytes]) -> None:

@@ -9,6 +9,8 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from threading import Lock
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
@@ -17,6 +19,9 @@ from lwstwisted.stores import record
 from lwstwisted.stores.locks import lock_byte
 from lwstwisted.stores.resumable import HELD, UploadFile, data_name, open_record
 from lwstwisted.stores.tree import OWN_NAME, UPLOAD_FOLDER, Tree, encoded
+
+_TICK = 1.0
+"""Seconds that two changes of a file are apart at most which leave it the same time: far more than on any disk."""
 
 _started = time.time() - time.monotonic()
 
@@ -37,6 +42,11 @@ def _status(id: bytes, folder: int) -> os.stat_result | None:
 def _is_lost(state: UploadState, data: os.stat_result | None) -> bool:
     """Whether fewer bytes are there than the record says."""
     return state.named is None and (data is None or data.st_size < state.offset)
+
+
+def _is_over(state: UploadState, data: os.stat_result | None) -> bool:
+    """Whether it may be removed, if nobody holds it."""
+    return _is_lost(state, data) or state.expires < _now()
 
 
 @contextmanager
@@ -69,16 +79,75 @@ def ids(tree: Tree) -> list[bytes]:
         return sorted(name for name in map(os.fsencode, os.listdir(folder)) if OWN_NAME.fullmatch(name))
 
 
+class Records:
+    """What all records say. Each is read when it is asked for, and once more when it has changed.
+
+    The start needs them to count the bytes, to find concatenations and for the first sweep, and each later sweep again.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._known: dict[bytes, tuple[tuple[int, int], UploadState]] = {}
+        self._reading = Lock()
+
+    def states(self) -> list[tuple[bytes, UploadState]]:
+        """The ids of all uploads, and what they are; of their records only ``parts``."""
+        # One thread reads, and the other one then finds that it has been done.
+        with self._reading, self._tree.folder(UPLOAD_FOLDER) as folder:
+            found = [(id, self._state(id, folder)) for id in ids(self._tree)]
+            states = [(id, state) for id, state in found if state is not None]
+            if len(self._known) > len(states):
+                there = {id for id, _ in states}
+                self._known = {id: known for id, known in self._known.items() if id in there}
+            return states
+
+    def _state(self, id: bytes, folder: int) -> UploadState | None:
+        with suppress(Refused, FileNotFoundError):
+            status = os.lstat(id, dir_fd=folder)
+            stamp = status.st_ino, status.st_mtime_ns
+            known = self._known.get(id)
+            if known is not None and known[0] == stamp:
+                return known[1]
+            file = open_record(id, folder)
+            try:
+                state, _lifetime = record.read(file)
+            finally:
+                os.close(file)
+            parts = state.record.get("parts")
+            state = replace(state, record={"parts": parts} if parts else {})
+            # What was written in the same tick of the clock, and after this, would have the same time.
+            if status.st_mtime + _TICK < time.time():
+                self._known[id] = stamp, state
+            return state
+        return None
+
+    def space_taken(self) -> int:
+        """Bytes that unfinished uploads take, or will; one that has got its name counts as a file."""
+        taken = 0
+        with self._tree.folder(UPLOAD_FOLDER) as folder:
+            for id, state in self.states():
+                data = _status(id, folder)
+                if state.named is None and (data is None or data.st_nlink == 1):
+                    taken += state.length if state.length is not None else data.st_size if data is not None else 0
+        return taken
+
+    def sweep(self) -> int:
+        """Remove what has expired; how many uploads that were."""
+        with self._tree.folder(UPLOAD_FOLDER) as folder:
+            left = [id for id, state in self.states() if _is_over(state, _status(id, folder))]
+        swept = sum(sweep_one(self._tree, id) for id in left)
+        for name in orphans(self._tree):
+            sweep_orphan(self._tree, name)
+        return swept
+
+    def with_parts(self) -> list[bytes]:
+        """The ids of uploads that are made of others, and aren't files yet."""
+        return [id for id, state in self.states() if state.named is None and "parts" in state.record]
+
+
 def space_taken(tree: Tree) -> int:
-    """Bytes that unfinished uploads take, or will; one that has got its name counts as a file."""
-    taken = 0
-    for id in ids(tree):
-        with suppress(Refused), _seen(tree, id) as (file, folder):
-            state, _ = record.read(file)
-            data = _status(id, folder)
-            if state.named is None and (data is None or data.st_nlink == 1):
-                taken += state.length if state.length is not None else data.st_size if data is not None else 0
-    return taken
+    """See :meth:`Records.space_taken`."""
+    return Records(tree).space_taken()
 
 
 def expired(tree: Tree) -> Iterator[tuple[bytes, UploadState]]:
@@ -86,7 +155,7 @@ def expired(tree: Tree) -> Iterator[tuple[bytes, UploadState]]:
     for id in ids(tree):
         with suppress(Refused), _seen(tree, id) as (file, folder):
             state, _ = record.read(file)
-            if _is_lost(state, _status(id, folder)) or state.expires < _now():
+            if _is_over(state, _status(id, folder)):
                 yield id, state
 
 
@@ -103,7 +172,7 @@ def recover(tree: Tree) -> None:
             upload = UploadFile.open(tree, id)
             if upload is not None:
                 try:
-                    upload.adopt(encoded(tuple(upload.state.record.get("target", ())) or (id.decode(),)))
+                    upload.adopt(encoded(upload.target))
                 finally:
                     upload.close()
 
@@ -163,8 +232,5 @@ def sweep_orphan(tree: Tree, name: bytes) -> None:
 
 
 def sweep(tree: Tree) -> int:
-    """Remove what has expired; how many uploads that were."""
-    swept = sum(sweep_one(tree, id) for id, _ in list(expired(tree)))
-    for name in orphans(tree):
-        sweep_orphan(tree, name)
-    return swept
+    """See :meth:`Records.sweep`."""
+    return Records(tree).sweep()

@@ -17,6 +17,7 @@ from twisted.web.server import Request
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
+from lwstwisted.interfaces import Digests
 
 ALGORITHMS = {"sha-256": "sha256", "sha-512": "sha512"}
 """The active algorithms of the registry (RFC 9530 section 5), and what ``hashlib`` calls them."""
@@ -28,6 +29,7 @@ OF_REPRESENTATION = (b"repr-digest",)
 """Fields of the whole file, however many messages it takes."""
 
 _MD5_SIZE = 16
+_WANTED = b"want-repr-digest"
 
 
 def expected_digests(request: Request, fields: Sequence[bytes] = OF_CONTENT + OF_REPRESENTATION) -> dict[str, bytes]:
@@ -73,12 +75,22 @@ def repr_digest(request: Request, digests: Mapping[str, bytes], wanted_before: b
     :param digests: of the file, by ``hashlib`` name.
     :param wanted_before: the ``Want-Repr-Digest`` of a request that began what this one goes on with.
     """
-    try:
-        wanted = _dictionary(request.requestHeaders.getRawHeaders(b"want-repr-digest") or [wanted_before])
-    except Refused:
-        return None  # a preference, and nothing that the client relies on
-    weights = {name: weight for name, weight in wanted.items() if isinstance(weight, int) and weight > 0}
-    for name in sorted(weights, key=lambda name: -weights[name]):
-        if (digest := digests.get(ALGORITHMS.get(name, ""))) is not None:
+    for name in _wanted(request.requestHeaders.getRawHeaders(_WANTED) or [wanted_before]):
+        if (digest := digests.get(ALGORITHMS[name])) is not None:
             return http_sf.ser({name: digest}).encode("ascii")
     return None
+
+
+def wanted_digests(request: Request) -> Digests:
+    """The digest of the file that a request likes best to hear in its answer, to be computed."""
+    return {ALGORITHMS[name]: None for name in _wanted(request.requestHeaders.getRawHeaders(_WANTED))[:1]}
+
+
+def _wanted(values: Sequence[bytes] | None) -> list[str]:
+    """The algorithms of ``Want-Repr-Digest`` that we know, the best one first (RFC 9530 section 4)."""
+    try:
+        wanted = _dictionary(values)
+    except Refused:
+        return []  # a preference, and nothing that the client relies on
+    weights = {name: weight for name, weight in wanted.items() if isinstance(weight, int) and weight > 0}
+    return sorted(weights.keys() & ALGORITHMS.keys(), key=lambda name: (-weights[name], name))

@@ -28,7 +28,6 @@ contains at most PARTS parts with HEADER_LINES lines each.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Protocol, cast, runtime_checkable
@@ -42,7 +41,7 @@ from zope.interface import implementer
 
 from lwstwisted import errors
 from lwstwisted.errors import BodyStopped, Refused
-from lwstwisted.interfaces import NO_DIGESTS, Check, IBufferReceiver, IRequestBody, Name, PartialFile, Store
+from lwstwisted.interfaces import NO_DIGESTS, Check, Digests, IBufferReceiver, IRequestBody, Name, PartialFile, Store
 from lwstwisted.stores.hashing import RunningDigests
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.announced import require_identity, require_length
@@ -126,7 +125,7 @@ class Form:
         boundary: bytes,
         max_size: int,
         check: Check,
-        digests: Mapping[str, bytes] = NO_DIGESTS,
+        digests: Digests = NO_DIGESTS,
     ) -> None:
         self._batch = store.batch()
         self._folder = tuple([segment.encode() for segment in folder])

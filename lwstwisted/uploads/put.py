@@ -15,7 +15,7 @@ from lwstwisted.errors import Refused
 from lwstwisted.interfaces import IRequestBody, Name, Store
 from lwstwisted.uploads.announced import require_identity, require_length
 from lwstwisted.uploads.conditions import Conditions
-from lwstwisted.uploads.digests import expected_digests
+from lwstwisted.uploads.digests import expected_digests, repr_digest, wanted_digests
 from lwstwisted.uploads.transfer import Transfer
 
 
@@ -32,7 +32,7 @@ async def put(request: Request, body: IRequestBody, store: Store, name: Name, ma
     require_identity(request)
     if body.length is not None and body.length > max_size:
         raise Refused(errors.BODY_TOO_LARGE)
-    conditions, digests = Conditions.of(request), expected_digests(request)
+    conditions, digests = Conditions.of(request), {**wanted_digests(request), **expected_digests(request)}
     part = await store.create(name, body.length, conditions.check, digests)
     transfer = Transfer(part, body.length, max_size)
     try:
@@ -42,6 +42,8 @@ async def put(request: Request, body: IRequestBody, store: Store, name: Name, ma
         cause = transfer.failure or cut
         await transfer.abort()
         raise cause from None
+    if (digest := repr_digest(request, part.digests)) is not None:
+        request.setHeader(b"Repr-Digest", digest)
     answer_stored(request, created, part.etag, request.path)
 
 

@@ -41,10 +41,11 @@ from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.announced import media_type, require_identity, require_length
 from lwstwisted.uploads.appending import Proof, content_proof
 from lwstwisted.uploads.conditions import Conditions
-from lwstwisted.uploads.digests import OF_CONTENT, OF_REPRESENTATION, expected_digests, repr_digest
+from lwstwisted.uploads.digests import OF_CONTENT, OF_REPRESENTATION, expected_digests, repr_digest, wanted_digests
 from lwstwisted.uploads.disposition import decode_extended, parse_disposition
+from lwstwisted.uploads.plan import Plan, Role
 from lwstwisted.uploads.put import answer_stored
-from lwstwisted.uploads.session import Plan, Role, Session, Sessions, State
+from lwstwisted.uploads.session import Session, Sessions, State
 from lwstwisted.web.request import StreamingRequest
 
 RESUMPTION_SUPPORTED = 104
@@ -231,8 +232,10 @@ async def append(request: Request, body: IRequestBody, sessions: Sessions, id: s
             )
         is_again = _is_answered(session)
         # Only what was the last request, and had no answer that arrived, makes sense to say again.
-        if is_again and not (talk.is_complete and body.length == 0):
+        if is_again and not talk.is_complete:
             raise Refused(errors.UPLOAD_FINISHED)
+        if is_again:
+            await session.require_nothing(body)
         if (length := talk.length_from(body, offset)) is not None:
             await session.announce_length(length)
         await _take(session, talk, None if is_again else body, proof)
@@ -269,10 +272,11 @@ def _plan(request: Request, is_complete: bool, name: Name) -> Plan:
         a cut doesn't cost what came before it, as it does where the content has to be what it is or nothing.
     """
     wanted = b", ".join(request.requestHeaders.getRawHeaders(_WANTED.encode()) or ())
+    expected = expected_digests(request, (*OF_CONTENT, *OF_REPRESENTATION) if is_complete else OF_REPRESENTATION)
     return Plan(
         target=name,
         conditions=Conditions.of(request),
-        digests=expected_digests(request, (*OF_CONTENT, *OF_REPRESENTATION) if is_complete else OF_REPRESENTATION),
+        digests={**wanted_digests(request), **expected},
         said={_WANTED: wanted.decode("latin-1")} if wanted else {},
         ends_at_length=False,
     )
@@ -351,7 +355,7 @@ async def _take(session: Session, talk: _Talk, body: IRequestBody | None, proof:
     """
     if body is not None:
         try:
-            await session.append(body, proof, talk.send_progress)
+            await session.append(body, proof, talk.send_progress, bool(talk.is_complete))
         except Refused as refused:
             if refused.refusal is errors.UPLOAD_OVERRUN:
                 await session.cancel()
@@ -390,7 +394,8 @@ def _is_answered(session: Session) -> bool:
 def _answer_for_file(session: Session, talk: _Talk, named: Named) -> None:
     plan, request, location = session.plan, talk.request, talk.request.path
     wanted = plan.said.get(_WANTED, "").encode("latin-1")
-    if (digest := repr_digest(request, plan.digests, wanted)) is not None:
+    known = {name: digest for name, digest in plan.digests.items() if digest is not None}
+    if (digest := repr_digest(request, {**known, **session.stored.digests}, wanted)) is not None:
         request.setHeader(b"Repr-Digest", digest)
     # The drafts up to -05 want an offset in every answer, and a Location in every one to what begins an upload.
     request.setHeader(b"Upload-Offset", b"%d" % session.offset)

@@ -32,9 +32,9 @@ from __future__ import annotations
 
 import enum
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -48,7 +48,7 @@ from lwstwisted import errors
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import IRequestBody, Name, Named, ResumableStore, StoredUpload, UploadState
 from lwstwisted.uploads.appending import Appending, Proof
-from lwstwisted.uploads.conditions import Conditions
+from lwstwisted.uploads.plan import Plan, Role, plan_of, record_of
 from lwstwisted.uploads.transfer import Transfer
 from lwstwisted.web.limits import MAX_LENGTH
 
@@ -68,14 +68,6 @@ ASK_AGAIN = 0.05
 _log = Logger()
 
 
-class Role(enum.Enum):
-    """What an upload is for."""
-
-    FILE = "file"
-    PART = "part"
-    CONCATENATION = "concatenation"
-
-
 class State(enum.Enum):
     """See the table in the docstring of this module."""
 
@@ -83,30 +75,6 @@ class State(enum.Enum):
     WHOLE = enum.auto()
     NAMED = enum.auto()
     WAITING = enum.auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What an upload is meant to be. It is kept with it, as JSON.
-
-    :ivar target: the file that it becomes; () for a part, and for what is to be named by its id.
-    :ivar length: bytes; None if nobody knows yet.
-    :ivar conditions: those of the request that began it, which hold when it gets its name.
-    :ivar digests: what the file has to hash to, by ``hashlib`` name.
-    :ivar role: what it is for.
-    :ivar parts: ids of what is concatenated.
-    :ivar said: fields of the request that began it, to be repeated by HEAD.
-    :ivar ends_at_length: whether it is finished as soon as all bytes are there, and nobody has to say so.
-    """
-
-    target: Name
-    length: int | None = None
-    conditions: Conditions = field(default_factory=Conditions)
-    digests: Mapping[str, bytes] = field(default_factory=dict)
-    role: Role = Role.FILE
-    parts: tuple[str, ...] = ()
-    said: Mapping[str, str] = field(default_factory=dict)
-    ends_at_length: bool = True
 
 
 class Session:
@@ -126,6 +94,7 @@ class Session:
         self.is_gone = False
         self._is_unwanted = False
         self._is_released = False
+        self._refused: Refused | None = None
         self._waiters: list[Deferred[None]] = []
 
     # What it is
@@ -182,14 +151,21 @@ class Session:
         await self.stored.keep(self.stored.state.record, length)
 
     async def append(
-        self, body: IRequestBody, proof: Proof | None = None, progress: Callable[[int], None] | None = None
+        self,
+        body: IRequestBody,
+        proof: Proof | None = None,
+        progress: Callable[[int], None] | None = None,
+        is_last: bool = False,
     ) -> None:
-        """Append the content of a request, and make it durable.
+        """Append the content of a request, and make it durable; with the last bytes it becomes a file.
+
+        What that is refused with is told by :meth:`finish`, which is to be asked next.
 
         However this ends: what has arrived is kept as far as the store took it, unless there is a proof to it.
 
         :param proof: what the content has to hash to.
         :param progress: is told each offset that has become durable before the end.
+        :param is_last: whether the client has said that nothing comes behind it.
         :raises Refused: ``UPLOAD_FINISHED``, ``CONCATENATED``; ``UPLOAD_OVERRUN`` or ``BODY_TOO_LARGE``;
             ``UPLOAD_TAKEN``; what the proof, the store or the body says.
         :raises lwstwisted.errors.BodyCut: when the client left.
@@ -206,9 +182,13 @@ class Session:
             raise Refused(overrun)
         part = Appending(self.stored, self._sessions.clock, proof, progress)
         transfer = self._transfer = Transfer(part, body.length, most, overrun)
+        part.begin(transfer.flush)
         try:
             await body.deliver_to(cast(IConsumer, transfer))
+            if self._ends_with(transfer.received, is_last):
+                part.name = self._name
             await transfer.finish()
+            self._refused = part.refused
         except BaseException as cut:
             cause = transfer.failure or cut
             try:
@@ -219,7 +199,32 @@ class Session:
                 await transfer.abort()
             raise cause from None
         finally:
+            part.end()
             self._transfer = None
+
+    async def require_nothing(self, body: IRequestBody) -> None:
+        """Take the content of a request that repeats the last one; it ends with its first byte.
+
+        :raises Refused: ``UPLOAD_FINISHED``, if there is any.
+        :raises lwstwisted.errors.BodyCut: when the client left.
+        """
+        if body.length:
+            raise Refused(errors.UPLOAD_FINISHED)
+        transfer = self._transfer = Transfer(Appending(self.stored, self._sessions.clock), 0, 0, errors.UPLOAD_FINISHED)
+        try:
+            await body.deliver_to(cast(IConsumer, transfer))
+        except BaseException as cut:
+            raise transfer.failure or cut from None
+        finally:
+            self._transfer = None
+
+    def _ends_with(self, count: int, is_last: bool) -> bool:
+        """Whether so many further bytes are the last ones, and nobody has to say so any more."""
+        is_whole = self.offset + count == self.length or (is_last and self.length is None)
+        return is_whole and (is_last or self.plan.ends_at_length) and self.plan.role is Role.FILE
+
+    async def _name(self) -> Named:
+        return await self.stored.name_it(self.plan.target, self.plan.conditions.check, self.plan.digests)
 
     async def finish(self) -> Named:
         """Make it a file, if it is WHOLE and no part; say which one it is, if it is NAMED.
@@ -231,7 +236,10 @@ class Session:
             return self.named
         assert self.state is State.WHOLE and self.plan.role is not Role.PART
         try:
-            return await self.stored.name_it(self.plan.target, self.plan.conditions.check, self.plan.digests)
+            if self._refused is not None:
+                refused, self._refused = self._refused, None
+                raise refused
+            return await self._name()
         except Refused as refused:
             if refused.refusal is errors.DIGEST_MISMATCH:
                 await self.cancel()
@@ -248,13 +256,15 @@ class Session:
     def leave(self) -> None:
         """Let a newer request have it, as soon as what has arrived is durable."""
         self._is_unwanted = True
+        if self._stored is not None:
+            self._stored.hurry()
         if self._transfer is not None:
             self._transfer.stop(Refused(errors.UPLOAD_TAKEN))
 
     def hold(self, stored: StoredUpload) -> None:
         """The upload is this request's."""
         self._stored = stored
-        plan = _plan_of(stored.state)
+        plan = plan_of(stored.state)
         self.plan = plan if plan.target or plan.role is Role.PART else replace(plan, target=(self.id,))
 
     @property
@@ -262,11 +272,18 @@ class Session:
         """Whether the upload is this request's."""
         return self._stored is not None
 
-    async def release(self) -> None:
-        """Let others have it."""
+    async def release(self, heir: Session | None) -> None:
+        """Let others have it.
+
+        :param heir: the next request for it, which then need not open it.
+        """
         try:
             if self._stored is not None:
-                await self._stored.release()
+                handed_over = None if heir is None else self._stored.hand_over()
+                if heir is not None and handed_over is not None:
+                    heir.hold(handed_over)
+                else:
+                    await self._stored.release()
         finally:
             self._is_released = True
             while self._waiters:
@@ -361,7 +378,7 @@ class Sessions:
         for part in plan.parts:
             await self._require_part(part)
         name, check = plan.target or None, plan.conditions.check
-        stored = await self._store.begin_upload(_record_of(plan), plan.length, self.lifetime, name, check)
+        stored = await self._store.begin_upload(record_of(plan), plan.length, self.lifetime, name, check)
         session = Session(self, stored.id)
         session.hold(stored)
         self._requests[session.id] = deque([session])
@@ -375,7 +392,7 @@ class Sessions:
 
     async def _require_part(self, id: str) -> None:
         try:
-            plan = _plan_of(await self._store.look_at_upload(id))
+            plan = plan_of(await self._store.look_at_upload(id))
         except Refused as refused:
             raise Refused(errors.BAD_PARTS) if refused.refusal is errors.UPLOAD_NOT_FOUND else refused from None
         if plan.role is not Role.PART:
@@ -404,7 +421,8 @@ class Sessions:
                 one.leave()
             for one in earlier:
                 await one.wait_for_release()
-            session.hold(await self._open(id))
+            if not session.is_held:
+                session.hold(await self._open(id))
             if settle:
                 await self._settle(session)
             yield session
@@ -419,10 +437,11 @@ class Sessions:
             is_whole = session.is_held and session.state is State.WHOLE
             if session.is_gone:
                 self._forget(session)
+            requests = self._requests[session.id]
             try:
-                await session.release()
+                behind = requests.index(session) + 1
+                await session.release(requests[behind] if behind < len(requests) else None)
             finally:
-                requests = self._requests[session.id]
                 requests.remove(session)
                 if not requests:
                     del self._requests[session.id]
@@ -477,11 +496,8 @@ class Sessions:
         await session.stored.commit(memoryview(b""))
 
     async def _look_at_concatenations(self) -> None:
-        for id in await self._store.list_uploads():
-            with suppress(Refused):
-                state = await self._store.look_at_upload(id)
-                if state.named is None and _plan_of(state).role is Role.CONCATENATION:
-                    await self._look_again(id)
+        for id in await self._store.list_with_parts():
+            await self._look_again(id)
 
     async def _look_again(self, id: str) -> None:
         """Go on with a concatenation whose part has become whole."""
@@ -516,29 +532,3 @@ class Sessions:
                 async with self.opened(id) as session:
                     await session.stored.keep(session.stored.state.record, session.length)
         return await self._store.sweep_uploads()
-
-
-def _record_of(plan: Plan) -> dict[str, Any]:
-    return {
-        "target": plan.target,
-        "conditions": dict(plan.conditions.fields),
-        "digests": {name: digest.hex() for name, digest in plan.digests.items()},
-        "role": plan.role.value,
-        "parts": plan.parts,
-        "said": dict(plan.said),
-        "ends_at_length": plan.ends_at_length,
-    }
-
-
-def _plan_of(state: UploadState) -> Plan:
-    record = state.record
-    return Plan(
-        target=tuple(record["target"]),
-        length=state.length,
-        conditions=Conditions(record["conditions"]),
-        digests={name: bytes.fromhex(digest) for name, digest in record["digests"].items()},
-        role=Role(record["role"]),
-        parts=tuple(record["parts"]),
-        said=record["said"],
-        ends_at_length=record["ends_at_length"],
-    )

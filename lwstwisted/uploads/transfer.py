@@ -224,6 +224,18 @@ class Transfer:
         _recycle(block)
         return created
 
+    def flush(self) -> int:
+        """Have what waits written, although it may not be worth it.
+
+        :returns: the bytes that came so far: when so many are written, it is done.
+        """
+        if self._failure is None:
+            self._close_block()
+            if self._waiting and not self._is_writing:
+                self._is_writing = True
+                Deferred.fromCoroutine(self._write_all())
+        return self.received
+
     def stop(self, failure: Exception) -> None:
         """End the body; ``failure`` is why, unless something else has ended it before."""
         self._fail(failure)
@@ -237,8 +249,11 @@ class Transfer:
         self._close_block()
         while self._waiting:
             block, filled = self._waiting.pop(0)
-            await self._part.append(memoryview(block)[:filled])
+            # The last one goes to the store together with the commit, as at the end of a whole body.
+            await (self._part.append if self._waiting else self._part.commit)(memoryview(block)[:filled])
             _recycle(block)
+            if not self._waiting:
+                return
         await self._part.commit(memoryview(b""))
 
     async def abort(self) -> None:

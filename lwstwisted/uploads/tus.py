@@ -36,7 +36,8 @@ from lwstwisted.uploads.announced import media_type, require_identity
 from lwstwisted.uploads.appending import Proof, content_proof
 from lwstwisted.uploads.conditions import Conditions
 from lwstwisted.uploads.digests import OF_REPRESENTATION, expected_digests
-from lwstwisted.uploads.session import Plan, Role, Session, Sessions, State
+from lwstwisted.uploads.plan import Plan, Role
+from lwstwisted.uploads.session import Session, Sessions, State
 from lwstwisted.web.limits import MAX_LENGTH
 
 VERSION = b"1.0.0"
