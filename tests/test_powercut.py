@@ -614,13 +614,13 @@ def sync_folder(tree, descriptor):
         os.kill(os.getpid(), signal.SIGKILL)
     real(tree, descriptor)
 
-root, log = map(Path, sys.argv[1:])
+root, log = map(Path, sys.argv[1:3])
 calllog.install(log)
 real, Tree.sync_folder = Tree.sync_folder, sync_folder
 tree, name = Tree(root, "full", True), (b"a",)
 tree.space = Space(tree.partial, 0, None)
 upload = UploadFile.begin(tree, record_of(Plan(("a",), 5)), 5, 3600.0, name, anything)
-upload.commit(memoryview(b"hello"))
+getattr(upload, sys.argv[3])(memoryview(b"hello"))
 upload.name_it(name, anything, {})
 """
 
@@ -629,15 +629,18 @@ upload.name_it(name, anything, {})
 class KilledTests(SynchronousTestCase):
     """A service is killed when an upload has its name, and nothing says so yet; then the power fails as well."""
 
-    def left(self, mutant: str) -> set[str]:
-        """All that comes out of many cuts, when somebody has asked for the upload between the two."""
+    def left(self, mutant: str, bring: str = "append") -> set[str]:
+        """All that comes out of many cuts, when somebody has asked for the upload between the two.
+
+        :param bring: how the bytes come: ``append``, to be synced with the name, or ``commit``, before it.
+        """
         require("calls", WEAKEST)
         found = set()
         with temporary_folder() as folder, recovering(mutant, folder, 1) as recovery:
             root, log = folder / "root", folder / "log"
             root.mkdir()
             begin_log(log, root)
-            killed = subprocess.run([sys.executable, "-c", KILLED, root, log], cwd=TOP)
+            killed = subprocess.run([sys.executable, "-c", KILLED, root, log, bring], cwd=TOP)
             self.assertEqual(killed.returncode, -signal.SIGKILL)
             first, problems = recovery(root, log)
             self.assertEqual(problems, [])
@@ -655,7 +658,8 @@ class KilledTests(SynchronousTestCase):
 
     def test_name_before_record(self) -> None:
         """The file that the next one was told of is there."""
-        self.assertEqual(self.left(""), {"same"})
+        for bring in ("append", "commit"):
+            self.assertEqual(self.left("", bring), {"same"}, bring)
 
     def test_mutant(self) -> None:
         """And it isn't, where nobody makes sure of that."""
