@@ -31,6 +31,23 @@ The map. Each number is a floor, and imports go downwards only
     accesslog.py   2  one line for each request, for people or for programs
     channel.py     3  the protocol: between transport, framing and requests
     site.py        4  the Site that an application uses
+  access/             who may do what
+    rules.py       1  what is allowed to whom, and where; no I/O
+    passwords.py   1  files of passwords and tokens: only hashes that are slow to guess
+    files.py       1  a small file, read again when it changes
+    hashing.py     1  slow hashes in threads, fairly shared
+    exposure.py    1  which listeners only this machine reaches
+    slowdown.py    2  who fails waits before the next try
+    credentials.py 2  Authorization: Basic and Bearer
+    signing.py     2  signed URLs
+    hosts.py       2  names that lead here
+    checkers.py    3  twisted.cred checkers for those files
+    visitor.py     3  what somebody may do, as uploads want to know it
+    login.py       4  whose credentials these are; what was right is remembered
+    admission.py   5  from a request to a visitor
+    entrance.py    6  what the resources ask first
+    options.py     3  the options of all this
+    building.py    7  the way in, as the options say
   stores/             from bytes to files
     names.py       1  which names are allowed, and why not
     hashing.py     1  digests of bytes that pass by
@@ -55,20 +72,21 @@ The map. Each number is a floor, and imports go downwards only
     pages.py       2  folders with their upload form, as HTML or JSON
     transfer.py    2  the bytes of one upload on their way to the store
     spooled.py     2  requests whose body a stock Site has spooled
-    put.py         3  PUT
-    form.py        3  POST multipart/form-data
+    put.py         4  PUT
+    form.py        4  POST multipart/form-data
     appending.py   2  what one request appends: durable in steps, or proven at its end
-    plan.py        2  what a resumable upload is meant to be
-    session.py     3  resumable uploads: one state, whichever protocol speaks of it
-    rufh.py        4  the IETF's Resumable Uploads for HTTP
-    tus.py         4  tus 1.0
-    cors.py        5  pages of other origins that upload
-    openapi.py     5  the service described for programs: OpenAPI
-    resource.py    6  which method goes where; downloads and listings
-    resumable.py   6  /uploads/: which protocol and method goes where
-  options.py       1  what an operator may set, checked before anything is built
-  service.py       8  how it all is put together and taken down
-  __main__.py      9  the command line
+    plan.py        4  what a resumable upload is meant to be
+    session.py     5  resumable uploads: one state, whichever protocol speaks of it
+    rufh.py        6  the IETF's Resumable Uploads for HTTP
+    tus.py         6  tus 1.0
+    cors.py        7  pages of other origins that upload
+    refusable.py   1  what each operation may be refused with
+    openapi.py     7  the service described for programs: OpenAPI
+    resource.py    8  which method goes where; downloads and listings
+    resumable.py   8  /uploads/: which protocol and method goes where
+  options.py       4  what an operator may set, checked before anything is built
+  service.py       9  how it all is put together and taken down
+  __main__.py      10 the command line
 
 A byte travels kernel, reactor, tls, channel, wire, put, transfer, store, disk. A turn
 of the reactor gives a few readable transports one ``doRead`` each, be it the kernel or the

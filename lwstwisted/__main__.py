@@ -43,6 +43,38 @@ class SweepOptions(UsageOptions):
     optFlags = [["dry-run", "n", "Print them only."]]
 
 
+class SignOptions(UsageOptions):
+    """``lwstwisted sign``."""
+
+    longdesc = (
+        "Print a URL that lets whoever has it do what it says, at a service that knows the key (--signing-keys). For a"
+        " resumable upload take POST."
+    )
+    optParameters = [
+        ["key", "k", None, "File of keys: lines of ID:SECRET. The first one signs."],
+        ["path", "P", None, "Path below /files/, percent-encoded; one that ends with a slash means all beneath."],
+        ["max-size", "m", None, "Bytes of a file at most; 10M is understood. [default: no limit]"],
+        ["type", "t", "", "Content-Type that the file has to be sent with. [default: any]"],
+        ["expires", "e", None, "From now on; a number of hours, or 30m, 12h, 7d."],
+        ["public-url", None, "", "What stands in front of our paths, such as https://up.example.org."],
+    ]
+    optFlags = [["overwrite", None, "Let it replace a file."]]
+
+    def opt_method(self, method: str) -> None:
+        """DELETE, GET, POST or PUT; may be repeated. [default: PUT]"""
+        self.setdefault("methods", []).append(method)
+
+    def postOptions(self) -> None:
+        """:raises UsageError: for what can't be signed."""
+        from lwstwisted.options import parse_size, parse_span
+
+        for name in ("key", "path", "expires"):
+            if not self[name]:
+                raise UsageError(f"--{name} is needed")
+        self["max-size"] = None if self["max-size"] is None else parse_size("--max-size", self["max-size"])
+        self["expires"] = parse_span("--expires", self["expires"])
+
+
 class Command(UsageOptions):
     """``lwstwisted COMMAND``."""
 
@@ -57,6 +89,7 @@ class Command(UsageOptions):
             ("serve", None, Options, "Serve file uploads over HTTP(S)."),
             ("fsck", None, FsckOptions, "Look at the files of a service, or repair them."),
             ("sweep", None, SweepOptions, "Remove resumable uploads that have expired."),
+            ("sign", None, SignOptions, "Print a URL that lets whoever has it upload, or fetch."),
         ]
 
     def opt_version(self) -> None:
@@ -67,7 +100,7 @@ class Command(UsageOptions):
     def postOptions(self) -> None:
         """:raises UsageError: without a command."""
         if self.subCommand is None:
-            raise UsageError("name a command: lwstwisted serve, fsck or sweep")
+            raise UsageError("name a command: lwstwisted serve, fsck, sweep or sign")
 
 
 def main() -> None:
@@ -77,7 +110,7 @@ def main() -> None:
         command.parseOptions()  # type: ignore[no-untyped-call]
     except UsageError as error:
         sys.exit(_complain(error, 2))
-    run = {"fsck": fsck, "sweep": sweep}.get(command.subCommand or "", serve)
+    run = {"fsck": fsck, "sweep": sweep, "sign": sign}.get(command.subCommand or "", serve)
     sys.exit(run(command.subOptions))
 
 
@@ -137,6 +170,32 @@ def sweep(options: Any) -> int:
             print(id, state.offset, length, ascii("/".join(state.record.get("target", ()))))
     except Exception as error:
         return _complain(error, 1)
+    return 0
+
+
+def sign(options: Any) -> int:
+    """Print a signed URL.
+
+    :returns: exit status.
+    """
+    import time
+
+    from lwstwisted.access.files import RereadFile
+    from lwstwisted.access.signing import make_grant, parse_keys, url_of
+
+    try:
+        keys = RereadFile(options["key"], parse_keys, is_secret=True).content
+        grant = make_grant(
+            options["path"],
+            options.get("methods", ["PUT"]),
+            int(time.time() + options["expires"]),
+            options["max-size"],
+            options["type"],
+            bool(options["overwrite"]),
+        )
+    except (OSError, ValueError) as error:
+        return _complain(error, 1)
+    print(url_of(grant, *next(iter(keys.items())), options["public-url"]))
     return 0
 
 

@@ -117,6 +117,33 @@ CONTENT_RANGE = Refusal(
     "content_range", 400, "A PUT replaces the whole file; do not send Content-Range with it (RFC 9110 section 14.5)."
 )
 
+# Who may do what
+
+BAD_CREDENTIALS = Refusal(
+    "bad_credentials", 400, "Send one Authorization field, with 'Basic' (RFC 7617) or 'Bearer' (RFC 6750)."
+)
+UNAUTHORIZED = Refusal("unauthorized", 401, "Say who you are: the request needs a name and password, or a token.")
+WRONG_CREDENTIALS = Refusal("wrong_credentials", 401, "The name and password, or the token, are not right.")
+FORBIDDEN = Refusal("forbidden", 403, "The access rules of this server do not allow you that.")
+REPLACE_FORBIDDEN = Refusal(
+    "replace_forbidden", 403, "There is a file with this name, and you may not replace it; choose another name."
+)
+FOREIGN_PARTS = Refusal("foreign_parts", 403, "An upload that is to be concatenated was begun by somebody else.")
+BAD_SIGNATURE = Refusal(
+    "bad_signature", 403, "The signature does not fit the rest of the URL; use the URL exactly as it was made for you."
+)
+SIGNATURE_EXPIRED = Refusal("signature_expired", 403, "The time of this signed URL is over; ask for a new one.")
+SIGNED_PATH = Refusal("signed_path", 403, "The URL was signed for another path.")
+SIGNED_METHOD = Refusal("signed_method", 403, "The URL was signed for other methods.")
+SIGNED_SIZE = Refusal("signed_size", 403, "The upload is larger than the signed URL allows.")
+SIGNED_TYPE = Refusal("signed_type", 403, "The URL was signed for another Content-Type.")
+WRONG_HOST = Refusal(
+    "wrong_host", 421, "This server is not known by the host name that you asked for; its operator can add it (--host)."
+)
+TOO_MANY_LOGINS = Refusal(
+    "too_many_logins", 429, "Too many logins from your address have failed or are waiting; try again in a moment."
+)
+
 CROSS_ORIGIN = Refusal(
     "cross_origin", 403, "A page of another site sent this request; open this server's own page and send it from there."
 )

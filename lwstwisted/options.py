@@ -14,6 +14,7 @@ from typing import Any
 from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 
+from lwstwisted.access.options import AccessOptions
 from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
 
 DEFAULT_PORT = 8443
@@ -42,7 +43,7 @@ _FIELD_END = re.compile(r"(?<!\\):")
 _NAMED_FIELD = re.compile(r"(?<!\\)=")
 
 
-class Options(UsageOptions):
+class Options(AccessOptions, UsageOptions):
     """The command line. Each option says what happens without it."""
 
     longdesc = (
@@ -124,6 +125,7 @@ class Options(UsageOptions):
         self["limits"] = parse_limits(self["limits"])
         if self["access-log-format"] not in LOG_FORMATS:
             raise UsageError(f"--access-log-format is {' or '.join(LOG_FORMATS)}")
+        self.check_access()
         if not self["root"]:
             raise UsageError("--root is the name of a folder; '.' is the current one")
 

@@ -19,6 +19,8 @@ from twisted.internet.selectreactor import SelectReactor
 from twisted.web.server import Request
 
 from lwstwisted import errors
+from lwstwisted.access.building import entrance_of
+from lwstwisted.access.entrance import Entrance
 from lwstwisted.certificate import ensure_development_certificate
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import Store
@@ -32,7 +34,7 @@ from lwstwisted.uploads.session import Sessions
 from lwstwisted.web.accesslog import combined_log, json_log
 from lwstwisted.web.limits import Limits
 from lwstwisted.web.plain import Paths, ReadOnly, redirection, send_content
-from lwstwisted.web.site import LINGERING, StreamingSite
+from lwstwisted.web.site import LINGERING, StreamingSite, network_of
 
 FILES_PATH = b"files"
 """Where the files are: ``/files/…``."""
@@ -67,11 +69,14 @@ class UploadService(MultiService):
     :ivar hints: lines for a person that tell how to try the service.
     """
 
-    def __init__(self, site: StreamingSite, sessions: Sessions, store: LocalStore, hints: list[str]) -> None:
+    def __init__(
+        self, site: StreamingSite, sessions: Sessions, store: LocalStore, entrance: Entrance, hints: list[str]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._site = site
         self._sessions = sessions
         self._store = store
+        self._entrance = entrance
         self.hints = hints
 
     def startService(self) -> None:
@@ -91,6 +96,7 @@ class UploadService(MultiService):
 
     async def _stop(self) -> None:
         await maybeDeferred(super().stopService)
+        self._entrance.stop()
         await self._site.stop()
         self._sessions.stop()
         await self._store.stop()
@@ -102,6 +108,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
     :param options: parsed.
     :param reactor: the global one by default.
     :raises OSError: if the root cannot be used.
+    :raises ValueError: if a file of the options can't be understood.
     """
     if reactor is None:
         from twisted.internet import reactor
@@ -122,10 +129,11 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
         files_path=f"/{FILES_PATH.decode()}/",
         public_url=options["public-url"],
     )
+    entrance, origins = entrance_of(options, reactor, network_of), options["allowed-origins"]
     root = Paths()  # type: ignore[no-untyped-call]
     root.putChild(b"", redirection(b"/" + FILES_PATH + b"/"))
-    root.putChild(FILES_PATH, UploadResource(store, options["max-size"], sessions, options["allowed-origins"]))
-    root.putChild(UPLOADS_PATH, ResumableResource(sessions, options["allowed-origins"]))
+    root.putChild(FILES_PATH, UploadResource(store, options["max-size"], sessions, origins, entrance))
+    root.putChild(UPLOADS_PATH, ResumableResource(sessions, origins, entrance))
     document = describe(
         f"/{FILES_PATH.decode()}/", options["max-size"], options["limits"], f"/{UPLOADS_PATH.decode()}/"
     )
@@ -146,7 +154,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
         certificate = ensure_development_certificate(Path(options["root"]) / STATE_FOLDER / "development.pem")
         endpoints = [default_endpoint(options["port"], certificate)]
         hints = curl_hints(options["port"], certificate)
-    service = UploadService(site, sessions, store, hints)
+    service = UploadService(site, sessions, store, entrance, hints)
     for description in endpoints:
         listening_service(with_backlog(description), site, reactor).setServiceParent(service)
     return service

@@ -194,7 +194,9 @@ def serving(
 def twistd(*options: str | Path, reactor: str = "lws") -> list[str | Path]:
     """The command line of a service under twistd."""
     script("lwstwisted")  # where that is missing, twistd doesn't know us either
-    return [script("twistd"), "--nodaemon", "--pidfile=", f"--reactor={reactor}", "lwstwisted", *options]
+    # Tests call the service by many names, and some listen on all addresses.
+    who = [] if "--allow" in options else ["--anonymous"]
+    return [script("twistd"), "--nodaemon", "--pidfile=", f"--reactor={reactor}", "lwstwisted", *who, *options]
 
 
 @contextmanager

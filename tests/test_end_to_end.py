@@ -382,7 +382,7 @@ class ServeTests(EndToEndCase):
         with self.serve("--root", self.root, "--listen", "tcp:0") as server:
             (port,) = server.wait_for_ports()
             with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
-                client.sendall(b"GET /files/ HTTP/1.1\r\nHost: x\r\n\r\n")
+                client.sendall(b"GET /files/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 self.assertTrue(client.recv(1000).startswith(b"HTTP/1.1 200 "))
                 self.assertEqual(server.end(), 0, server.text)
 
@@ -396,7 +396,8 @@ class ServeTests(EndToEndCase):
             for status, part, words in (
                 (1, busy, ["serve", "--root", "root", "--port", busy]),
                 (1, "file", ["serve", "--root", "file"]),
-                (1, "nonsense", ["serve", "--root", "root", "--listen", "nonsense:1"]),
+                (1, "nonsense", ["serve", "--root", "root", "--listen", "nonsense:1", "--anonymous"]),
+                (2, "--anonymous", ["serve", "--root", "root", "--listen", "tcp:0:interface=0.0.0.0"]),
                 (1, "missing.pem", ["serve", "--root", "root", "--listen", "ssl:0:privateKey=missing.pem"]),
                 (2, "--max-size", ["serve", "--max-size", "much"]),
             ):

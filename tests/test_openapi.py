@@ -42,8 +42,29 @@ ELSEWHERE = {
     "internal": "nobody knows how",
     "not_ready": "tests/test_service.py, where a sync fails",
     "stopping": "tests/test_stores_local.py",
+    **dict.fromkeys(
+        (
+            "wrong_host",
+            "bad_credentials",
+            "unauthorized",
+            "wrong_credentials",
+            "too_many_logins",
+            "forbidden",
+            "replace_forbidden",
+            "foreign_parts",
+            "bad_signature",
+            "signature_expired",
+            "signed_path",
+            "signed_method",
+            "signed_size",
+            "signed_type",
+        ),
+        "tests/test_access_protocols.py, where there are rules",
+    ),
 }
 """Refusals that no request alone brings about."""
+
+ACCESS = [f"access/{name}.py" for name in ("admission", "credentials", "hosts", "signing", "slowdown", "visitor")]
 
 
 def described(document: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -113,7 +134,7 @@ class DocumentTests(SynchronousTestCase):
         web = [f"web/{name}.py" for name in ("answers", "channel", "wire")]
         stores = [f"stores/{name}.py" for name in ("names", "space", "tree", "threads", "batch", "local")]
         shared = [f"uploads/{name}.py" for name in ("announced", "conditions", "digests", "origin", "transfer")]
-        below = [*web, *stores, *shared]
+        below = [*web, *stores, *shared, *ACCESS]
         # Known methods are understood, files that are looked for are not stored, and a channel parses forms for others.
         not_met = {"unknown_method", "not_found"}
         resumed = {"content_range", "length_mismatch", "upload_overrun", "upload_taken"}
@@ -132,7 +153,7 @@ class DocumentTests(SynchronousTestCase):
         stores = ("names", "space", "tree", "threads", "placing", "record", "resumable")
         below += [f"stores/{name}.py" for name in stores]
         shared = ("announced", "conditions", "digests", "origin", "cors", "transfer", "session", "resumable")
-        below += [f"uploads/{name}.py" for name in (*shared, "tus", "rufh")]
+        below += [*(f"uploads/{name}.py" for name in (*shared, "tus", "rufh")), *ACCESS]
         operations = described(self.document)
         found = [codes_of(answers) for (_, path), answers in operations.items() if path.startswith("/uploads/")]
         not_met = {"unknown_method", "method_not_allowed", "not_found", "bad_form"}

@@ -30,6 +30,7 @@ from twisted.python.usage import UsageError
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from lwstwisted import service
+from lwstwisted.access.rules import Rules
 from lwstwisted.options import BACKLOG, Options, on_loopback, parse_size, with_backlog
 from lwstwisted.service import OWN_DESCRIPTORS, curl_hints, default_endpoint, makeService
 from lwstwisted.web.limits import MAX_LENGTH, Limits
@@ -37,6 +38,17 @@ from tests.servers import PATIENCE, free_port, serving, twistd
 from tests.test_uploads_transfer import GatedStore
 
 TOP = Path(__file__).parent.parent
+
+NO_ACCESS = {
+    "allow": [],
+    "anonymous": 0,
+    "auth": [],
+    "groups": {},
+    "hosts": [],
+    "rules": Rules(()),
+    "signing-keys": None,
+}
+"""The options of access, where nobody asks for any (test_access_options.py)."""
 
 
 def parsed(*words: str) -> Options:
@@ -223,6 +235,7 @@ class OptionsTests(SynchronousTestCase):
                 "limits": Limits(),
                 "access-log": None,
                 "access-log-format": "combined",
+                **NO_ACCESS,
             },
         )
 
@@ -251,6 +264,7 @@ class OptionsTests(SynchronousTestCase):
                 "limits": Limits(body_rate=0, head_time=2.5, connections_per_address=7),
                 "access-log": "/l",
                 "access-log-format": "json",
+                **NO_ACCESS,
             },
         )
         self.assertEqual(parsed("--port", "1234")["port"], 1234)

@@ -4,7 +4,8 @@ A browser lets a page speak to another server only as far as that allows it. Her
 at ``/uploads/`` and at the place of a file, continue them, and read all that the two protocols say, in refusals too.
 Files they can't read. What keeps that harmless:
 
-* No answer allows credentials, so no cookie or password of a user goes along with such a request.
+* No answer allows credentials, so no cookie, password or certificate of a user goes along with such a request. A page
+  that has a token of its own, or a signed URL, may send that: it got it from somebody, and not from the browser.
 * The protocols have fields that a plain form can't send, so a browser asks by a preflight first.
 * An upload of another origin never replaces a file.
 * ``Access-Control-Allow-Private-Network`` is never sent. Browsers that know of it then keep pages of the internet
@@ -28,6 +29,7 @@ MAX_AGE = 24 * 3600
 
 _ALLOWED = (
     *tus.REQUEST_FIELDS,
+    b"Authorization",
     b"Content-Digest",
     b"Content-Disposition",
     b"Content-Type",

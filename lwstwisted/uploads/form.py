@@ -40,6 +40,8 @@ from twisted.web.server import Request
 from zope.interface import implementer
 
 from lwstwisted import errors
+from lwstwisted.access.rules import Action
+from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import BodyStopped, Refused
 from lwstwisted.interfaces import NO_DIGESTS, Check, Digests, IBufferReceiver, IRequestBody, Name, PartialFile, Store
 from lwstwisted.stores.hashing import RunningDigests
@@ -66,10 +68,13 @@ class Reserving(Protocol):
         """
 
 
-async def post_form(request: Request, body: IRequestBody, store: Store, folder: Name, max_size: int) -> None:
+async def post_form(
+    request: Request, body: IRequestBody, store: Store, folder: Name, max_size: int, visitor: Visitor = ANYBODY
+) -> None:
     """Store the files of a form in ``folder`` and answer 201 with a list of them.
 
     :param max_size: bytes of one file.
+    :param visitor: is asked about each file.
     :raises Refused: and nothing of the form is left then.
     :raises lwstwisted.errors.BodyCut: likewise, when the client left.
     """
@@ -77,7 +82,8 @@ async def post_form(request: Request, body: IRequestBody, store: Store, folder: 
     require_length(request)
     require_identity(request)
     conditions, digests = Conditions.of(request), expected_digests(request)
-    form = Form(store, folder, boundary, max_size, conditions.check, digests)
+    visitor.require_content(None, request.getHeader(b"content-type"))
+    form = Form(store, folder, boundary, min(max_size, visitor.max_size), conditions.check, digests, visitor)
     try:
         if body.length is not None:
             await form.reserve(body.length)
@@ -116,6 +122,7 @@ class Form:
     :param max_size: bytes of one file.
     :param check: what has to hold for the name of each file.
     :param digests: what the whole form has to hash to, by ``hashlib`` name.
+    :param visitor: who sends it.
     """
 
     def __init__(
@@ -126,11 +133,13 @@ class Form:
         max_size: int,
         check: Check,
         digests: Digests = NO_DIGESTS,
+        visitor: Visitor = ANYBODY,
     ) -> None:
         self._batch = store.batch()
         self._folder = tuple([segment.encode() for segment in folder])
         self._max_size = max_size
         self._check = check
+        self._visitor = visitor
         self._running = RunningDigests(digests)
         self._parts = PartReader(boundary)
         self._producer: IPushProducer | None = None
@@ -293,7 +302,8 @@ class Form:
         name = parse_name([*self._folder, part.filename])
         if name in self._names:
             raise Refused(errors.FORM_NAME_TWICE)
-        self._part = await self._batch.create(name, None, self._check)
+        self._visitor.require(Action.PUT, name)
+        self._part = await self._batch.create(name, None, self._visitor.checking(name, self._check))
         self._transfer = Transfer(self._part, None, self._max_size)
         self._transfer.registerProducer(cast(IProducer, self), True)
         self._names[name] = (0, "")

@@ -23,6 +23,19 @@ from lwstwisted.stores.names import PATH_LIMIT, SEGMENT_LIMIT, STATE_FOLDER
 from lwstwisted.uploads.digests import ALGORITHMS
 from lwstwisted.uploads.form import FIELD_BYTES
 from lwstwisted.uploads.parts import BOUNDARY_LENGTH, HEADER_LINES, PARTS
+from lwstwisted.uploads.refusable import (
+    APPEND,
+    CANCEL,
+    CONDITIONS,
+    CREATE,
+    DELETE,
+    FORM,
+    HEAD,
+    LOOK,
+    OTHER_METHODS,
+    PUT,
+    READ,
+)
 from lwstwisted.uploads.rufh import PART_TYPE
 from lwstwisted.uploads.tus import ALGORITHMS as CHECKSUMS
 from lwstwisted.uploads.tus import CONTENT_TYPE as TUS_TYPE
@@ -31,106 +44,6 @@ from lwstwisted.web.limits import MAX_LENGTH, Limits
 from lwstwisted.web.plain import ReadOnly, send_content
 
 Json = dict[str, Any]
-
-# What may be said no to, and by whom.
-
-_HEAD = (
-    errors.BAD_REQUEST_LINE,
-    errors.BAD_BYTES,
-    errors.BAD_HEADER,
-    errors.BAD_HOST,
-    errors.BAD_LENGTH,
-    errors.LENGTH_AND_CODING,
-    errors.BAD_CODING,
-    errors.HEAD_TIMEOUT,
-    errors.BODY_TOO_LARGE,
-    errors.TARGET_TOO_LONG,
-    errors.UNKNOWN_EXPECTATION,
-    errors.HEAD_TOO_LARGE,
-    errors.INTERNAL,
-    errors.TOO_MANY_CONNECTIONS,
-    errors.BAD_VERSION,
-)
-_BODY = (
-    errors.BAD_CHUNK,
-    errors.BODY_SHORT,
-    errors.BODY_TIMEOUT,
-    errors.BODY_TOO_SLOW,
-    errors.LENGTH_REQUIRED,
-    errors.CONTENT_ENCODING,
-    errors.TRAILERS_TOO_LARGE,
-)
-_NAME = (
-    errors.NAME_EMPTY,
-    errors.NAME_DOTS,
-    errors.NAME_ENCODING,
-    errors.NAME_CONTROL,
-    errors.NAME_TOO_LONG,
-    errors.NAME_RESERVED,
-)
-_STORE = (
-    errors.NOT_A_FILE,
-    errors.NOT_A_FOLDER,
-    errors.OTHER_FILE_SYSTEM,
-    errors.STORE_FAILED,
-    errors.STOPPING,
-    errors.TOO_MANY_FILES,
-)
-_READ = (*_HEAD, *_NAME, *_STORE, errors.NOT_FOUND)
-_CONDITIONS = (errors.BAD_CONDITION, errors.PRECONDITION_FAILED)
-_CHANGE = (errors.CROSS_ORIGIN, *_CONDITIONS, errors.IS_FOLDER, errors.DISK_FULL, errors.QUOTA_EXCEEDED)
-_STORING = (*_HEAD, *_BODY, *_NAME, *_STORE, *_CHANGE, errors.BAD_DIGEST, errors.DIGEST_MISMATCH)
-_RESUMED = (errors.CONTENT_RANGE, errors.LENGTH_MISMATCH, errors.UPLOAD_OVERRUN, errors.UPLOAD_TAKEN)
-_PUT = (*_STORING, *_RESUMED)
-_DELETE = (*_READ, *_CHANGE)
-_NAMED_BY_FIELD = (errors.BAD_DISPOSITION, errors.FORM_IN_PARTS)
-_FORM = (
-    *_STORING,
-    *_RESUMED,
-    *_NAMED_BY_FIELD,
-    errors.NOT_A_FORM,
-    errors.BAD_BOUNDARY,
-    errors.BAD_FORM,
-    errors.FORM_CUT,
-    errors.FORM_TOO_LARGE,
-    errors.FORM_WITHOUT_FILE,
-    errors.FORM_NAME_TWICE,
-    errors.PART_ENCODING,
-)
-_OF_UPLOAD = (errors.TUS_VERSION, errors.CROSS_ORIGIN, errors.UPLOAD_NOT_FOUND, errors.UPLOAD_TAKEN)
-_NAMING = (
-    *_STORE,
-    errors.NAME_TOO_LONG,
-    errors.PRECONDITION_FAILED,
-    errors.IS_FOLDER,
-    errors.DISK_FULL,
-    errors.QUOTA_EXCEEDED,
-    errors.DIGEST_MISMATCH,
-)
-_CONTENT = (
-    errors.BAD_UPLOAD_FIELD,
-    errors.NOT_A_PART,
-    errors.BAD_CHECKSUM,
-    errors.CHECKSUM_MISMATCH,
-    errors.CONCATENATED,
-    errors.BAD_DIGEST,
-    errors.LENGTH_MISMATCH,
-    errors.UPLOAD_OVERRUN,
-)
-_CREATE = (
-    *_STORING,
-    *_RESUMED,
-    *_NAMED_BY_FIELD,
-    *_CONTENT,
-    errors.TUS_VERSION,
-    errors.NOT_AN_UPLOAD,
-    errors.BAD_METADATA,
-    errors.BAD_PARTS,
-)
-_LOOK = (*_HEAD, *_OF_UPLOAD, *_NAMING)
-_APPEND = (*_LOOK, *_BODY, *_CONTENT, errors.OFFSET_MISMATCH, errors.UPLOAD_FINISHED)
-_CANCEL = (*_HEAD, *_OF_UPLOAD, errors.STORE_FAILED, errors.STOPPING, errors.TOO_MANY_FILES)
-_OTHER_METHODS = (errors.METHOD_NOT_ALLOWED, errors.UNKNOWN_METHOD)
 
 # Fields of requests. Only what is refused where it is malformed has a pattern; what is ignored then has none.
 
@@ -355,7 +268,7 @@ def _both(name: str, summary: str, responses: Json, refusals: Iterable[Refusal],
 
 def _options(name: str, *parameters: Json) -> Json:
     answer = {str(NO_CONTENT): {"description": "The methods.", "headers": {"Allow": _ALLOW}}}
-    operation = _operation(f"options{name}", "Which methods there are, be the name good or not.", answer, _HEAD)
+    operation = _operation(f"options{name}", "Which methods there are, be the name good or not.", answer, HEAD)
     if parameters:
         operation["parameters"] = [{**one, "schema": {"type": "string", "minLength": 1}} for one in parameters]
     return {"options": operation}
@@ -382,11 +295,11 @@ def _folder(which: str, what: str, *parameters: Json) -> Json:
         f"Store the files of a form in {what}, all of them or none. Conditions hold for each of them; Content-Digest,"
         " Repr-Digest and Content-MD5 for the form as it is sent.",
         {"201": stored},
-        _FORM,
+        FORM,
         ("IfMatch", "IfNoneMatch", "IfUnmodifiedSince", "ContentEncoding"),
         requestBody=form,
     )
-    listed = _both(which, f"List {what}.", {"200": listing}, _READ)
+    listed = _both(which, f"List {what}.", {"200": listing}, READ)
     return {"parameters": list(parameters), **listed, "post": post, **_options(which, *parameters)}
 
 
@@ -426,16 +339,16 @@ def _file(path: Json) -> Json:
             },
             "204": {"description": "Another file was replaced.", "headers": etag},
         },
-        _PUT,
+        PUT,
         (*writing, "ContentDigest", "ReprDigest", "ContentMD5", "ContentEncoding", "UploadComplete"),
         requestBody=body,
     )
     gone = {"204": {"description": "The name is gone."}}
     return {
         "parameters": [path],
-        **_both("File", "Fetch a file.", found, (*_READ, *_CONDITIONS), reading),
+        **_both("File", "Fetch a file.", found, (*READ, *CONDITIONS), reading),
         "put": put,
-        "delete": _operation("deleteFile", "Remove a file.", gone, _DELETE, writing),
+        "delete": _operation("deleteFile", "Remove a file.", gone, DELETE, writing),
         **_options("File", path),
     }
 
@@ -453,7 +366,7 @@ def _uploads() -> Json:
             },
             "204": {"description": "It is whole, and has replaced a file.", "headers": _UPLOAD_HEADERS},
         },
-        _CREATE,
+        CREATE,
         (
             *("TusResumable", "UploadLength", "UploadDeferLength", "UploadMetadata", "UploadConcat", "UploadChecksum"),
             *("UploadComplete", "ContentDisposition", "ReprDigest", "ContentEncoding"),
@@ -474,7 +387,7 @@ def _upload() -> Json:
         "patchUpload",
         "Append. Whoever else is appending is told to leave.",
         {"201": {**done, "description": "All bytes are there (IETF): a new file."}, "204": done},
-        _APPEND,
+        APPEND,
         (
             *("TusResumable", "UploadOffset", "UploadLength", "UploadChecksum", "UploadComplete"),
             *("ContentDigest", "ContentEncoding"),
@@ -482,9 +395,9 @@ def _upload() -> Json:
         requestBody=_upload_content(TUS_TYPE.decode(), PART_TYPE.decode()),
     )
     states = {"200": state, "204": {**state, "description": "The same (IETF)."}}
-    look = _both("Upload", "Tell how far an upload is.", states, _LOOK, ("TusResumable",))
+    look = _both("Upload", "Tell how far an upload is.", states, LOOK, ("TusResumable",))
     gone = {"204": {"description": "The upload is gone; a file that it has become stays."}}
-    delete = _operation("deleteUpload", "Cancel an upload.", gone, _CANCEL, ("TusResumable",))
+    delete = _operation("deleteUpload", "Cancel an upload.", gone, CANCEL, ("TusResumable",))
     return {"parameters": [parameter], **look, "patch": patch, "delete": delete, **_upload_options("Upload", parameter)}
 
 
@@ -530,10 +443,10 @@ def describe(files: str, max_size: int, limits: Limits, uploads: str = "/uploads
             "description": _prose(files, max_size, limits, uploads),
         },
         "paths": {
-            "/": {**_both("Home", "Lead to the files.", redirect, _HEAD), **_options("Home")},
-            "/healthz": _health("Health", "Tell that the service runs.", _HEAD),
-            "/readyz": _health("Readiness", "Tell whether uploads should be sent here.", (*_HEAD, errors.NOT_READY)),
-            "/openapi.json": {**_both("OpenAPI", "Describe the service.", itself, _HEAD), **_options("OpenAPI")},
+            "/": {**_both("Home", "Lead to the files.", redirect, HEAD), **_options("Home")},
+            "/healthz": _health("Health", "Tell that the service runs.", HEAD),
+            "/readyz": _health("Readiness", "Tell whether uploads should be sent here.", (*HEAD, errors.NOT_READY)),
+            "/openapi.json": {**_both("OpenAPI", "Describe the service.", itself, HEAD), **_options("OpenAPI")},
             files: _folder("Root", "the folder of all files"),
             f"{files}{{path}}": _file(path),
             f"{files}{{folder}}/": _folder("Folder", "a folder", folder),
@@ -543,7 +456,7 @@ def describe(files: str, max_size: int, limits: Limits, uploads: str = "/uploads
         "components": {
             "parameters": _FIELDS,
             "schemas": _SCHEMAS,
-            "responses": {f"OtherMethod{status}": answer for status, answer in _refused(_OTHER_METHODS).items()},
+            "responses": {f"OtherMethod{status}": answer for status, answer in _refused(OTHER_METHODS).items()},
         },
     }
 

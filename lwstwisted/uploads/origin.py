@@ -5,7 +5,7 @@ password, or only a place inside a network. It also says where the request comes
 Programs that are no browsers say nothing, and have no user to be abused.
 
 What this can't see is a name that leads to us though it isn't ours (DNS rebinding): to the browser, a page of that name
-is our own. A proxy in front that knows its names keeps those out, and hands the Host field on as it came.
+is our own. ``access/hosts.py`` keeps those out, or a proxy in front that knows its names and hands the Host field on.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""What a resumable upload is meant to be, and the record of that which is kept with it."""
+"""What a resumable upload is meant to be, whose it is, and the record of that which is kept with it."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lwstwisted.interfaces import Digests, Name, UploadState
+from lwstwisted.access.rules import UNKNOWN, Action
+from lwstwisted.access.visitor import ANYBODY, Visitor, replacing_nothing
+from lwstwisted.interfaces import Check, Digests, Name, UploadState
 from lwstwisted.uploads.conditions import Conditions
+from lwstwisted.web.limits import MAX_LENGTH
 
 
 class Role(enum.Enum):
@@ -31,6 +34,9 @@ class Plan:
     :ivar parts: ids of what is concatenated.
     :ivar said: fields of the request that began it, to be repeated by HEAD.
     :ivar ends_at_length: whether it is finished as soon as all bytes are there, and nobody has to say so.
+    :ivar owner: whose it is (``access/visitor.py``).
+    :ivar max_size: bytes that its owner may put there.
+    :ivar may_replace: whether it may replace a file.
     """
 
     target: Name
@@ -41,6 +47,33 @@ class Plan:
     parts: tuple[str, ...] = ()
     said: Mapping[str, str] = field(default_factory=dict)
     ends_at_length: bool = True
+    owner: str = ""
+    max_size: int = MAX_LENGTH
+    may_replace: bool = True
+
+    @property
+    def check(self) -> Check:
+        """What has to hold for the file that it becomes."""
+        return self.conditions.check if self.may_replace else replacing_nothing(self.conditions.check)
+
+    def owned_by(self, visitor: Visitor) -> Plan:
+        """The same as one of a visitor's.
+
+        :raises Refused: if they may not have it.
+        """
+        if visitor is ANYBODY:
+            return self
+        target = self.target or (UNKNOWN,)
+        if self.role is Role.PART:
+            visitor.require_some(Action.PUT, ())
+        else:
+            visitor.require(Action.PUT, target)
+        may_replace = visitor.may_replace(target)
+        return replace(self, owner=visitor.owner, max_size=visitor.max_size, may_replace=may_replace)
+
+    def is_of(self, visitor: Visitor) -> bool:
+        """Whether it is a visitor's, or nobody asks."""
+        return visitor is ANYBODY or self.owner == visitor.owner
 
 
 def record_of(plan: Plan) -> dict[str, Any]:
@@ -53,6 +86,9 @@ def record_of(plan: Plan) -> dict[str, Any]:
         "parts": plan.parts,
         "said": dict(plan.said),
         "ends_at_length": plan.ends_at_length,
+        "owner": plan.owner,
+        "max_size": plan.max_size,
+        "may_replace": plan.may_replace,
     }
 
 
@@ -68,4 +104,8 @@ def plan_of(state: UploadState) -> Plan:
         parts=tuple(record["parts"]),
         said=record["said"],
         ends_at_length=record["ends_at_length"],
+        # What was begun before anybody asked for these has none of them.
+        owner=record.get("owner", ""),
+        max_size=record.get("max_size", MAX_LENGTH),
+        may_replace=record.get("may_replace", True),
     )

@@ -11,6 +11,7 @@ from twisted.web.http import CREATED, NO_CONTENT
 from twisted.web.server import Request
 
 from lwstwisted import errors
+from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import IRequestBody, Name, Store
 from lwstwisted.uploads.announced import require_identity, require_length
@@ -19,10 +20,13 @@ from lwstwisted.uploads.digests import expected_digests, repr_digest, wanted_dig
 from lwstwisted.uploads.transfer import Transfer
 
 
-async def put(request: Request, body: IRequestBody, store: Store, name: Name, max_size: int) -> None:
+async def put(
+    request: Request, body: IRequestBody, store: Store, name: Name, max_size: int, visitor: Visitor = ANYBODY
+) -> None:
     """Store the body of ``request`` as ``name`` and answer 201 (new) or 204 (replaced).
 
     :param max_size: bytes.
+    :param visitor: who may put it there, and is asked for the rest.
     :raises Refused: and nothing of the upload is left then.
     :raises lwstwisted.errors.BodyCut: likewise, when the client left.
     """
@@ -32,9 +36,11 @@ async def put(request: Request, body: IRequestBody, store: Store, name: Name, ma
     require_identity(request)
     if body.length is not None and body.length > max_size:
         raise Refused(errors.BODY_TOO_LARGE)
-    conditions, digests = Conditions.of(request), {**wanted_digests(request), **expected_digests(request)}
-    part = await store.create(name, body.length, conditions.check, digests)
-    transfer = Transfer(part, body.length, max_size)
+    visitor.require_content(body.length, request.getHeader(b"content-type"))
+    check = visitor.checking(name, Conditions.of(request).check)
+    digests = {**wanted_digests(request), **expected_digests(request)}
+    part = await store.create(name, body.length, check, digests)
+    transfer = Transfer(part, body.length, min(max_size, visitor.max_size))
     try:
         await body.deliver_to(transfer)
         created = await transfer.finish()

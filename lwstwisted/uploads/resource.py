@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -30,6 +31,9 @@ from twisted.web.static import File, getTypeAndEncoding
 from zope.interface import implementer
 
 from lwstwisted import errors
+from lwstwisted.access.entrance import Entrance
+from lwstwisted.access.rules import Action
+from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import Found, IRequestBody, IStreamingResource, Name, Store
 from lwstwisted.stores.names import parse_name
@@ -62,6 +66,7 @@ class UploadResource(Resource):
     :param max_size: bytes of one file at most.
     :param sessions: the resumable uploads of the store; None for a service without any.
     :param allowed_origins: pages of which other origins may begin those, such as ``https://example.org``.
+    :param entrance: who may do what; everybody everything by default.
     """
 
     isLeaf = True
@@ -72,13 +77,15 @@ class UploadResource(Resource):
         max_size: int = MAX_LENGTH,
         sessions: Sessions | None = None,
         allowed_origins: Sequence[str] = (ANY,),
+        entrance: Entrance | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._store = store
         self._max_size = max_size
         self._sessions = sessions
         self._cross_origin = CrossOrigin(allowed_origins)
-        self._methods: dict[bytes, Callable[[Request, IRequestBody], Coroutine[Any, Any, None]]] = {
+        self._entrance = entrance or Entrance()
+        self._methods: dict[bytes, Callable[[Request, IRequestBody, Visitor], Coroutine[Any, Any, None]]] = {
             b"DELETE": self._delete,
             b"GET": self._get,
             b"HEAD": self._get,
@@ -89,6 +96,7 @@ class UploadResource(Resource):
 
     def receive(self, request: Request, body: IRequestBody) -> Coroutine[Any, Any, None]:
         """See :class:`~lwstwisted.interfaces.IStreamingResource`."""
+        self._entrance.require_own_host(request)
         begins = request.method in _BEGINNING and self._sessions is not None and rufh.is_spoken(request)
         if begins:
             self._cross_origin.tell(request)
@@ -99,7 +107,10 @@ class UploadResource(Resource):
             self._cross_origin.restrain(request, has_preflight=True)
         elif request.method not in SAFE_METHODS:
             require_own_origin(request)
-        return self._methods[request.method](request, body)
+        answer = partial(self._methods[request.method], request, body)
+        if request.method == b"OPTIONS":
+            return answer(ANYBODY)  # a browser asks before it would say who its user is
+        return self._entrance.let_in(request, answer, request.method)
 
     def _allowed(self, request: Request) -> list[bytes]:
         unfit = (b"DELETE", b"PUT") if _is_folder(request) else (b"POST",)
@@ -111,26 +122,30 @@ class UploadResource(Resource):
 
     # Not async, where they only choose: an upload that drips would hold a frame for each.
 
-    def _put(self, request: Request, body: IRequestBody) -> Coroutine[Any, Any, None]:
+    def _put(self, request: Request, body: IRequestBody, visitor: Visitor) -> Coroutine[Any, Any, None]:
         name = parse_name(request.postpath or [])
+        visitor.require(Action.PUT, name)
         if self._sessions is not None and rufh.begins_upload(request, body, self._sessions):
-            return rufh.create(request, body, self._sessions, name)
-        return put(request, body, self._store, name, self._max_size)
+            return rufh.create(request, body, self._sessions, visitor, name)
+        return put(request, body, self._store, name, self._max_size, visitor)
 
-    def _post(self, request: Request, body: IRequestBody) -> Coroutine[Any, Any, None]:
+    def _post(self, request: Request, body: IRequestBody, visitor: Visitor) -> Coroutine[Any, Any, None]:
         folder = parse_name((request.postpath or [])[:-1])
+        visitor.require_some(Action.PUT, folder)
         if self._sessions is not None and rufh.begins_upload(request, body, self._sessions):
-            return rufh.create(request, body, self._sessions, folder=folder)
-        return post_form(request, body, self._store, folder, self._max_size)
+            return rufh.create(request, body, self._sessions, visitor, folder=folder)
+        return post_form(request, body, self._store, folder, self._max_size, visitor)
 
-    async def _delete(self, request: Request, body: IRequestBody) -> None:
-        await self._store.delete(parse_name(request.postpath or []), Conditions.of(request).check)
+    async def _delete(self, request: Request, body: IRequestBody, visitor: Visitor) -> None:
+        name = parse_name(request.postpath or [])
+        visitor.require(Action.DELETE, name)
+        await self._store.delete(name, Conditions.of(request).check)
         if request.channel is None:
             return  # the client left meanwhile
         request.setResponseCode(NO_CONTENT)
         request.finish()
 
-    async def _options(self, request: Request, body: IRequestBody) -> None:
+    async def _options(self, request: Request, body: IRequestBody, visitor: Visitor) -> None:
         request.setResponseCode(NO_CONTENT)
         request.setHeader(b"Allow", b", ".join(self._allowed(request)))
         if self._sessions is not None:
@@ -141,10 +156,13 @@ class UploadResource(Resource):
                 self._cross_origin.tell_allowed(request, _BEGINNING)
         request.finish()
 
-    async def _get(self, request: Request, body: IRequestBody) -> None:
+    async def _get(self, request: Request, body: IRequestBody, visitor: Visitor) -> None:
         segments = list(request.postpath or [])
         is_folder = _is_folder(request)
         name = parse_name(segments[:-1] if is_folder else segments)
+        if is_folder or not visitor.may(Action.LIST, name):
+            # Who may list sees in any case whether it is a file.
+            visitor.require(Action.LIST if is_folder else Action.GET, name)
         if not is_folder:
             Conditions.of(request)  # one that can't be read is refused whatever has the name
             try:
@@ -153,9 +171,16 @@ class UploadResource(Resource):
                 if refused.refusal is not errors.IS_FOLDER:
                     raise
             else:
+                try:
+                    visitor.require(Action.GET, name)
+                except Refused:
+                    os.close(fd)
+                    raise
                 _send_file(request, name, fd, self._store.describe(fd))
                 return
+            visitor.require(Action.LIST, name)
         entries = await self._store.list_folder(name)
+        entries = [entry for entry in entries if visitor.shows((*name, entry.name), entry.is_folder)]
         if request.channel is not None:  # else the client left meanwhile
             send_listing(request, request.path.rstrip(b"/").decode("ascii") + "/", entries)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from twisted.web.http import OK
@@ -16,6 +17,9 @@ from twisted.web.server import Request
 from zope.interface import implementer
 
 from lwstwisted import errors
+from lwstwisted.access.entrance import Entrance
+from lwstwisted.access.rules import Action
+from lwstwisted.access.visitor import Visitor
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import IRequestBody, IStreamingResource
 from lwstwisted.uploads import rufh, tus
@@ -27,7 +31,7 @@ _ID = re.compile(rb"[0-9a-f]{32}")
 _OF_ALL = (b"OPTIONS", b"POST")
 _OF_ONE = (b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH")
 
-_Call = Callable[[Request, IRequestBody, Sessions, str], Coroutine[Any, Any, None]]
+_Call = Callable[[Request, IRequestBody, Sessions, str, Visitor], Coroutine[Any, Any, None]]
 _TUS: tuple[_Call, _Call, _Call] = tus.head, tus.append, tus.cancel
 _RUFH: tuple[_Call, _Call, _Call] = rufh.head, rufh.append, rufh.cancel
 
@@ -37,14 +41,18 @@ class ResumableResource(Resource):
     """The uploads of ``sessions``.
 
     :param allowed_origins: pages of which other origins may upload, such as ``https://example.org``.
+    :param entrance: who may do what; everybody everything by default.
     """
 
     isLeaf = True
 
-    def __init__(self, sessions: Sessions, allowed_origins: Sequence[str] = (ANY,)) -> None:
+    def __init__(
+        self, sessions: Sessions, allowed_origins: Sequence[str] = (ANY,), entrance: Entrance | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._sessions = sessions
         self._cross_origin = CrossOrigin(allowed_origins)
+        self._entrance = entrance or Entrance()
 
     def render(self, request: Request) -> int:
         """Take a request whose body a stock ``Site`` has spooled."""
@@ -52,6 +60,7 @@ class ResumableResource(Resource):
 
     def receive(self, request: Request, body: IRequestBody) -> Coroutine[Any, Any, None]:
         """See :class:`~lwstwisted.interfaces.IStreamingResource`."""
+        self._entrance.require_own_host(request)
         self._cross_origin.tell(request)
         if tus.method_of(request) == b"OPTIONS":  # which needs no version
             return self._options(request, body)
@@ -71,14 +80,20 @@ class ResumableResource(Resource):
             raise Refused(errors.UPLOAD_NOT_FOUND)
         head, append, cancel = _TUS if is_tus else _RUFH
         call = {b"DELETE": cancel, b"PATCH": append}.get(method, head)
-        return call(request, body, self._sessions, path[0].decode())
+        return self._entrance.let_in(request, partial(call, request, body, self._sessions, path[0].decode()))
 
     def _create(self, request: Request, body: IRequestBody, is_tus: bool) -> Coroutine[Any, Any, None]:
         is_ietf = not is_tus and rufh.is_spoken(request)
         self._cross_origin.restrain(request, has_preflight=is_tus or is_ietf)
         if not (is_tus or is_ietf):
             raise Refused(errors.NOT_AN_UPLOAD)
-        return tus.create(request, body, self._sessions) if is_tus else rufh.create(request, body, self._sessions)
+        create = tus.create if is_tus else rufh.create
+
+        def begin(visitor: Visitor) -> Coroutine[Any, Any, None]:
+            visitor.require_some(Action.PUT, ())
+            return create(request, body, self._sessions, visitor)
+
+        return self._entrance.let_in(request, begin, b"POST")
 
     async def _options(self, request: Request, body: IRequestBody) -> None:
         allowed = _OF_ALL if (request.postpath or [b""]) == [b""] else _OF_ONE

@@ -35,6 +35,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.server import Request
 
 from lwstwisted import errors
+from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import IRequestBody, Name, Named
 from lwstwisted.stores.names import parse_name
@@ -159,10 +160,16 @@ def begins_upload(request: Request, body: IRequestBody, sessions: Sessions) -> b
 
 
 async def create(
-    request: Request, body: IRequestBody, sessions: Sessions, name: Name | None = None, folder: Name | None = None
+    request: Request,
+    body: IRequestBody,
+    sessions: Sessions,
+    visitor: Visitor = ANYBODY,
+    name: Name | None = None,
+    folder: Name | None = None,
 ) -> None:
     """Begin an upload, and finish it if all of it is in ``request``.
 
+    :param visitor: whose it is.
     :param name: of the file, if the request says that by its path; else ``Content-Disposition`` does.
     :param folder: where it will be, if it has to have a name; without both it is in the root, by its id if need be.
     """
@@ -175,11 +182,12 @@ async def create(
     plan = _plan(request, talk.is_complete, _name_in(folder, request) if name is None else name)
     proof = None if talk.is_complete else content_proof(request)
     plan = replace(plan, length=talk.length_from(body, 0))
+    visitor.require_content(plan.length, request.getHeader(b"content-type"))
     if plan.length is not None and plan.length > sessions.max_size:
         talk.say(False)
         raise Refused(errors.BODY_TOO_LARGE)
-    async with sessions.begun(plan) as session:
-        url = sessions.url_of(session.id).encode("ascii")
+    async with sessions.begun(plan, visitor) as session:
+        url = session.url.encode("ascii")
         talk.say(False, session)
         try:
             talk.send_interim({b"Location": url, b"Upload-Limit": upload_limit(sessions, session, talk.version)})
@@ -195,11 +203,13 @@ async def create(
             talk.finish(session)
 
 
-async def head(request: Request, body: IRequestBody, sessions: Sessions, id: str) -> None:
+async def head(
+    request: Request, body: IRequestBody, sessions: Sessions, id: str, visitor: Visitor = ANYBODY
+) -> None:
     """Say how far an upload is."""
     talk = _Talk(request, sessions)
     request.setHeader(b"Cache-Control", b"no-store")
-    async with sessions.opened(id) as session:
+    async with sessions.opened(id, visitor) as session:
         if request.channel is None:
             return
         talk.say(_is_answered(session), session)
@@ -209,7 +219,9 @@ async def head(request: Request, body: IRequestBody, sessions: Sessions, id: str
         talk.finish(session)
 
 
-async def append(request: Request, body: IRequestBody, sessions: Sessions, id: str) -> None:
+async def append(
+    request: Request, body: IRequestBody, sessions: Sessions, id: str, visitor: Visitor = ANYBODY
+) -> None:
     """Go on with an upload, and finish it if the client says that this is all."""
     talk = _Talk(request, sessions)
     talk.say(False)
@@ -220,7 +232,7 @@ async def append(request: Request, body: IRequestBody, sessions: Sessions, id: s
         raise Refused(errors.NOT_A_PART, {b"Accept-Patch": PART_TYPE})
     require_identity(request)
     proof = content_proof(request)
-    async with sessions.opened(id) as session:
+    async with sessions.opened(id, visitor) as session:
         talk.say(False, session)
         if session.plan.role is not Role.FILE:
             raise Refused(errors.CONCATENATED)
@@ -244,10 +256,12 @@ async def append(request: Request, body: IRequestBody, sessions: Sessions, id: s
             talk.finish(session)
 
 
-async def cancel(request: Request, body: IRequestBody, sessions: Sessions, id: str) -> None:
+async def cancel(
+    request: Request, body: IRequestBody, sessions: Sessions, id: str, visitor: Visitor = ANYBODY
+) -> None:
     """Remove an upload."""
     _Talk(request, sessions)  # which says the version
-    async with sessions.opened(id, settle=False) as session:
+    async with sessions.opened(id, visitor, settle=False) as session:
         await session.cancel()
     if request.channel is not None:
         request.setResponseCode(NO_CONTENT)

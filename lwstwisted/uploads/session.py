@@ -25,6 +25,9 @@ opens an upload makes the one that holds it leave: its body ends, what has arriv
 gets the true offset. Between processes a lock that dies with its holder does the same, which the holder looks at five
 times a second.
 
+**Whose it is.** An upload belongs to who began it, and isn't there for anybody else. That is looked at before its
+holder is asked to leave. What its creator may do is asked again at each request that appends to it or finishes it.
+
 **Time.** An upload expires a while after the last byte that counted. The running service sweeps.
 """
 
@@ -45,6 +48,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from lwstwisted import errors
+from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import IRequestBody, Name, Named, ResumableStore, StoredUpload, UploadState
 from lwstwisted.uploads.appending import Appending, Proof
@@ -85,8 +89,9 @@ class Session:
     :ivar is_gone: whether it has been removed.
     """
 
-    def __init__(self, sessions: Sessions, id: str) -> None:
+    def __init__(self, sessions: Sessions, id: str, visitor: Visitor = ANYBODY) -> None:
         self.id = id
+        self._visitor = visitor
         self.plan = Plan(())
         self._sessions = sessions
         self._stored: StoredUpload | None = None
@@ -104,6 +109,11 @@ class Session:
         """The upload in the store."""
         assert self._stored is not None, "the upload is not held"
         return self._stored
+
+    @property
+    def url(self) -> str:
+        """Where its owner goes on with it."""
+        return self._sessions.url_of(self.id) + self._visitor.query
 
     @property
     def offset(self) -> int:
@@ -146,7 +156,7 @@ class Session:
             return
         if self.length is not None or length < self.offset:
             raise Refused(errors.LENGTH_MISMATCH)
-        if length > self._sessions.max_size:
+        if length > self._max_size:
             raise Refused(errors.BODY_TOO_LARGE)
         await self.stored.keep(self.stored.state.record, length)
 
@@ -176,7 +186,8 @@ class Session:
             raise Refused(errors.CONCATENATED)
         if self._is_unwanted:
             raise Refused(errors.UPLOAD_TAKEN)
-        most = (self._sessions.max_size if self.length is None else self.length) - self.offset
+        self._require_right()
+        most = (self._max_size if self.length is None else self.length) - self.offset
         overrun = errors.BODY_TOO_LARGE if self.length is None else errors.UPLOAD_OVERRUN
         if body.length is not None and body.length > most:
             raise Refused(overrun)
@@ -224,7 +235,7 @@ class Session:
         return is_whole and (is_last or self.plan.ends_at_length) and self.plan.role is Role.FILE
 
     async def _name(self) -> Named:
-        return await self.stored.name_it(self.plan.target, self.plan.conditions.check, self.plan.digests)
+        return await self.stored.name_it(self.plan.target, self.plan.check, self.plan.digests)
 
     async def finish(self) -> Named:
         """Make it a file, if it is WHOLE and no part; say which one it is, if it is NAMED.
@@ -235,6 +246,7 @@ class Session:
         if self.named is not None:
             return self.named
         assert self.state is State.WHOLE and self.plan.role is not Role.PART
+        self._require_right()
         try:
             if self._refused is not None:
                 refused, self._refused = self._refused, None
@@ -250,6 +262,13 @@ class Session:
         if not self.is_gone:
             self.is_gone = True
             await self.stored.remove()
+
+    @property
+    def _max_size(self) -> int:
+        return min(self._sessions.max_size, self.plan.max_size)
+
+    def _require_right(self) -> None:
+        self._visitor.require_going_on(None if self.plan.role is Role.PART else self.plan.target)
 
     # For Sessions
 
@@ -368,18 +387,21 @@ class Sessions:
     # What requests ask for
 
     @asynccontextmanager
-    async def begun(self, plan: Plan) -> AsyncIterator[Session]:
+    async def begun(self, plan: Plan, visitor: Visitor = ANYBODY) -> AsyncIterator[Session]:
         """Begin an upload, durably, and hold it.
 
-        :raises Refused: ``BODY_TOO_LARGE``, ``BAD_PARTS``; what could not be named as it is planned, or has no space.
+        :param visitor: whose it is.
+        :raises Refused: what the visitor may not; ``BODY_TOO_LARGE``, ``BAD_PARTS``, ``FOREIGN_PARTS``; what could not
+            be named as it is planned, or has no space.
         """
-        if plan.length is not None and plan.length > self.max_size:
+        plan = plan.owned_by(visitor)
+        if plan.length is not None and plan.length > min(self.max_size, plan.max_size):
             raise Refused(errors.BODY_TOO_LARGE)
         for part in plan.parts:
-            await self._require_part(part)
-        name, check = plan.target or None, plan.conditions.check
-        stored = await self._store.begin_upload(record_of(plan), plan.length, self.lifetime, name, check)
-        session = Session(self, stored.id)
+            await self._require_part(part, visitor)
+        name = plan.target or None
+        stored = await self._store.begin_upload(record_of(plan), plan.length, self.lifetime, name, plan.check)
+        session = Session(self, stored.id, visitor)
         session.hold(stored)
         self._requests[session.id] = deque([session])
         async with self._leaving(session):
@@ -390,29 +412,37 @@ class Sessions:
                 raise
             yield session
 
-    async def _require_part(self, id: str) -> None:
+    async def _require_part(self, id: str, visitor: Visitor) -> None:
         try:
             plan = plan_of(await self._store.look_at_upload(id))
         except Refused as refused:
             raise Refused(errors.BAD_PARTS) if refused.refusal is errors.UPLOAD_NOT_FOUND else refused from None
+        if not plan.is_of(visitor):
+            raise Refused(errors.FOREIGN_PARTS)
         if plan.role is not Role.PART:
             raise Refused(errors.BAD_PARTS)
 
-    async def look(self, id: str) -> UploadState:
+    async def look(self, id: str, visitor: Visitor = ANYBODY) -> UploadState:
         """How an upload is; whoever holds it goes on.
 
-        :raises Refused: ``UPLOAD_NOT_FOUND``.
+        :raises Refused: ``UPLOAD_NOT_FOUND``, also for one of somebody else.
         """
-        return await self._store.look_at_upload(id)
+        state = await self._store.look_at_upload(id)
+        if not plan_of(state).is_of(visitor):
+            raise Refused(errors.UPLOAD_NOT_FOUND)
+        return state
 
     @asynccontextmanager
-    async def opened(self, id: str, settle: bool = True) -> AsyncIterator[Session]:
+    async def opened(self, id: str, visitor: Visitor = ANYBODY, settle: bool = True) -> AsyncIterator[Session]:
         """Hold an upload; whoever holds it is asked to leave.
 
+        :param visitor: whose it has to be.
         :param settle: whether to do first what only waits for bytes that are there: to concatenate, to give a name.
         :raises Refused: ``UPLOAD_NOT_FOUND``; ``UPLOAD_TAKEN`` if another process doesn't let go.
         """
-        session = Session(self, id)
+        if visitor is not ANYBODY:
+            await self.look(id, visitor)
+        session = Session(self, id, visitor)
         requests = self._requests.setdefault(id, deque())
         earlier = list(requests)
         requests.append(session)

@@ -29,6 +29,7 @@ from twisted.web.http import CREATED, NO_CONTENT, OK, datetimeToString
 from twisted.web.server import Request
 
 from lwstwisted import errors
+from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import Refusal, Refused
 from lwstwisted.interfaces import IRequestBody, Name, UploadState
 from lwstwisted.stores.names import parse_name
@@ -91,6 +92,7 @@ _OF_TUS = (b"upload-checksum", b"upload-concat", b"upload-defer-length", b"uploa
 """Fields that no other protocol has."""
 
 _NAMES = ("filename", "name")
+_TYPES = ("filetype", "type")
 _INTEGER = re.compile(r"[0-9]{1,18}")  # less than MAX_LENGTH, whatever the digits
 _KEY = re.compile(r"[!-+\--~]+")
 _FINAL: Final = "final;"
@@ -140,18 +142,19 @@ def limits(request: Request, sessions: Sessions, has_trailers: bool) -> None:
         request.setHeader(b"Tus-Max-Size", b"%d" % sessions.max_size)
 
 
-async def create(request: Request, body: IRequestBody, sessions: Sessions) -> None:
+async def create(request: Request, body: IRequestBody, sessions: Sessions, visitor: Visitor = ANYBODY) -> None:
     """Begin an upload, take what bytes there are, and answer 201 with its place.
 
     :raises Refused: and nothing is left then, as nobody knows where it would be.
     :raises lwstwisted.errors.BodyCut: likewise, when the client left.
     """
     plan = _plan_of(request, sessions)
+    visitor.require_content(plan.length, _type_in(request))
     has_content = body.length != 0
     if has_content and plan.role is Role.CONCATENATION:
         raise Refused(errors.CONCATENATED)
     proof = _require_content(request, body) if has_content else None
-    async with sessions.begun(plan) as session:
+    async with sessions.begun(plan, visitor) as session:
         try:
             if has_content:
                 await session.append(body, proof)
@@ -159,19 +162,21 @@ async def create(request: Request, body: IRequestBody, sessions: Sessions) -> No
         except BaseException:
             await session.cancel()
             raise
-        request.setHeader(b"Location", sessions.url_of(session.id).encode("ascii"))
+        request.setHeader(b"Location", session.url.encode("ascii"))
         if _is_appending(request):
             request.setHeader(b"Upload-Offset", b"%d" % session.offset)
     _answer(request, CREATED)
 
 
-async def head(request: Request, body: IRequestBody, sessions: Sessions, id: str) -> None:
+async def head(
+    request: Request, body: IRequestBody, sessions: Sessions, id: str, visitor: Visitor = ANYBODY
+) -> None:
     """Tell the offset of an upload, and what was said of it.
 
     :raises Refused: ``UPLOAD_NOT_FOUND``; and what is in the way of an upload that is whole.
     """
     request.setHeader(b"Cache-Control", b"no-store")
-    async with sessions.opened(id) as session:
+    async with sessions.opened(id, visitor) as session:
         plan = session.plan
         if session.state is not State.WAITING:
             request.setHeader(b"Upload-Offset", b"%d" % session.offset)
@@ -186,7 +191,9 @@ async def head(request: Request, body: IRequestBody, sessions: Sessions, id: str
     _answer(request, OK)
 
 
-async def append(request: Request, body: IRequestBody, sessions: Sessions, id: str) -> None:
+async def append(
+    request: Request, body: IRequestBody, sessions: Sessions, id: str, visitor: Visitor = ANYBODY
+) -> None:
     """Append the content of a request and answer 204 with the new offset.
 
     :raises Refused: what has arrived is kept, as far as the offset says, unless it came with a checksum.
@@ -198,9 +205,9 @@ async def append(request: Request, body: IRequestBody, sessions: Sessions, id: s
         if offset is None:
             raise Refused(errors.BAD_UPLOAD_FIELD)
     except Refused:
-        _tell_expiry(request, await sessions.look(id))
+        _tell_expiry(request, await sessions.look(id, visitor))
         raise
-    async with sessions.opened(id) as session:
+    async with sessions.opened(id, visitor) as session:
         _tell_expiry(request, session.stored.state)
         if session.plan.role is Role.CONCATENATION:
             raise Refused(errors.CONCATENATED)
@@ -225,12 +232,14 @@ async def append(request: Request, body: IRequestBody, sessions: Sessions, id: s
     _answer(request, NO_CONTENT)
 
 
-async def cancel(request: Request, body: IRequestBody, sessions: Sessions, id: str) -> None:
+async def cancel(
+    request: Request, body: IRequestBody, sessions: Sessions, id: str, visitor: Visitor = ANYBODY
+) -> None:
     """Remove an upload and answer 204.
 
     :raises Refused: ``UPLOAD_NOT_FOUND``.
     """
-    async with sessions.opened(id, settle=False) as session:
+    async with sessions.opened(id, visitor, settle=False) as session:
         await session.cancel()
     _answer(request, NO_CONTENT)
 
@@ -296,6 +305,12 @@ def _target_of(metadata: Mapping[str, bytes]) -> Name:
     """The file that an upload becomes; () for one that is named by its id."""
     name = next(filter(None, map(metadata.get, _NAMES)), None)
     return () if name is None else parse_name([name])
+
+
+def _type_in(request: Request) -> bytes | None:
+    """The media type of the file, as clients have it in their metadata."""
+    metadata = parse_metadata(_field(request, b"upload-metadata") or "")
+    return next(filter(None, map(metadata.get, _TYPES)), None)
 
 
 def _require_content(request: Request, body: IRequestBody) -> Proof | None:
