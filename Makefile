@@ -29,6 +29,7 @@ run: $(INSTALLED)  ## serve uploads over HTTPS; PORT=8443 ROOT=./uploads
 test: $(INSTALLED_TEST) lint  ## linter, type checks and all tests, by pytest and by trial
 	@tests/install-apt.sh
 	@tests/clients/install-npm.sh
+	@tests/install-sslyze.sh
 	$(BIN)/python -m pytest
 	$(BIN)/python -W error -W "$(TWISTED_WARNS)" -m twisted.trial --reactor=lws tests
 

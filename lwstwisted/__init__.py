@@ -17,6 +17,14 @@ The map. Each number is a floor, and imports go downwards only
     tls.py         2  the TLS transport: bounded reads, exact pause
     reactor.py     3  the reactors that poll: they merge pending readers into each turn
     foreign.py     4  the reactor on a loop that drives itself: asyncio, uvloop
+  tls/                who we are, whom we believe, and what is agreed on
+    options.py     0  the command line's
+    profiles.py    0  protocols, suites and groups: Mozilla's server side TLS
+    certificates.py 0 keys and chains in files: found, read, checked
+    clients.py     1  certificates that clients show, and the names in them
+    tickets.py     1  sessions are resumed though the keys of their tickets are replaced
+    contexts.py    2  the right certificate for each host, made anew when files change
+    listening.py   3  TLS on top of any endpoint
   web/                bytes become a request whose body a resource can watch arriving
     limits.py      0  what one client may take: bytes, time, connections
     forwarded.py   0  what proxies in front say of their clients, and who believes it

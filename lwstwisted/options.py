@@ -15,6 +15,7 @@ from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 
 from lwstwisted.access.options import AccessOptions
+from lwstwisted.tls.options import HTTPS, TLSOptions
 from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
 
 DEFAULT_PORT = 8443
@@ -35,7 +36,8 @@ _SECONDS = {"m": 60, "": 3600, "h": 3600, "d": 24 * 3600}
 _ORIGIN = re.compile(r"https?://(?:[0-9A-Za-z.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?", re.IGNORECASE)
 _PUBLIC = re.compile(_ORIGIN.pattern + r"(?:/[0-9A-Za-z._~-]+)*", re.IGNORECASE)
 _SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.IGNORECASE)
-_PROXIED = "haproxy:"
+_WRAPPERS = (HTTPS, "haproxy:")
+"""What stands in front of another description, and listens on that."""
 _LOOPBACK = {"tcp": "127.0.0.1", "ssl": "127.0.0.1", "tcp6": "::1", "tls": "::1"}
 _BEFORE_BACKLOG = {"tcp": 3, "ssl": 2, "tcp6": 2, "tls": 3, "unix": 2}
 """How many fields there may be by position, the kind included, in front of one that would be the backlog."""
@@ -43,7 +45,7 @@ _FIELD_END = re.compile(r"(?<!\\):")
 _NAMED_FIELD = re.compile(r"(?<!\\)=")
 
 
-class Options(AccessOptions, UsageOptions):
+class Options(AccessOptions, TLSOptions, UsageOptions):
     """The command line. Each option says what happens without it."""
 
     longdesc = (
@@ -71,9 +73,9 @@ class Options(AccessOptions, UsageOptions):
         self["trusted-proxies"] = []
 
     def opt_listen(self, description: str) -> None:
-        """Twisted endpoint to listen on, such as 'tcp:8080' or 'ssl:8443:privateKey=k.pem:certKey=c.pem';
-        may be repeated. Without interface=... it binds loopback only. [default: TLS on 127.0.0.1:8443 with a
-        self-signed certificate for development]"""
+        """Twisted endpoint to listen on, such as 'tcp:8080'; with 'https:' in front for TLS, such as
+        'https:tcp:443:interface=0.0.0.0' or 'https:systemd:domain=INET:name=https'; may be repeated. Without
+        interface=... it binds loopback only. [default: https:tcp:8443]"""
         self["listen"].append(on_loopback(description))
 
     opt_l = opt_listen
@@ -123,6 +125,7 @@ class Options(AccessOptions, UsageOptions):
         if not 1 <= self["port"] <= 65535:
             raise UsageError("--port is a number from 1 to 65535")
         self["limits"] = parse_limits(self["limits"])
+        self.check_tls()
         if self["access-log-format"] not in LOG_FORMATS:
             raise UsageError(f"--access-log-format is {' or '.join(LOG_FORMATS)}")
         self.check_access()
@@ -184,8 +187,9 @@ def on_loopback(description: str) -> str:
 
     :param description: a server endpoint description.
     """
-    if description.startswith(_PROXIED):
-        return _PROXIED + on_loopback(description.removeprefix(_PROXIED))
+    for wrapper in _WRAPPERS:
+        if description.startswith(wrapper):
+            return wrapper + on_loopback(description.removeprefix(wrapper))
     fields = _FIELD_END.split(description)
     loopback = _LOOPBACK.get(fields[0])
     positional = [field for field in fields[1:] if not _NAMED_FIELD.search(field)]
@@ -201,8 +205,9 @@ def with_backlog(description: str) -> str:
 
     :param description: a server endpoint description.
     """
-    if description.startswith(_PROXIED):
-        return _PROXIED + with_backlog(description.removeprefix(_PROXIED))
+    for wrapper in _WRAPPERS:
+        if description.startswith(wrapper):
+            return wrapper + with_backlog(description.removeprefix(wrapper))
     fields = _FIELD_END.split(description)
     positional = [field for field in fields if not _NAMED_FIELD.search(field)]
     is_told = any(field.startswith("backlog=") for field in fields)

@@ -27,6 +27,11 @@ from lwstwisted.interfaces import Store
 from lwstwisted.options import Options, on_loopback, with_backlog
 from lwstwisted.stores.local import LocalStore
 from lwstwisted.stores.names import STATE_FOLDER
+from lwstwisted.tls.clients import identity_of
+from lwstwisted.tls.contexts import Contexts
+from lwstwisted.tls.listening import tls_over
+from lwstwisted.tls.options import HTTPS
+from lwstwisted.tls.profiles import PROFILES
 from lwstwisted.uploads.openapi import describe, published
 from lwstwisted.uploads.resource import UploadResource
 from lwstwisted.uploads.resumable import ResumableResource
@@ -70,9 +75,16 @@ class UploadService(MultiService):
     """
 
     def __init__(
-        self, site: StreamingSite, sessions: Sessions, store: LocalStore, entrance: Entrance, hints: list[str]
+        self,
+        site: StreamingSite,
+        sessions: Sessions,
+        store: LocalStore,
+        entrance: Entrance,
+        contexts: Contexts | None,
+        hints: list[str],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._contexts = contexts
         self._site = site
         self._sessions = sessions
         self._store = store
@@ -87,6 +99,8 @@ class UploadService(MultiService):
         gc.collect()
         gc.freeze()
         self._sessions.start()
+        if self._contexts is not None:
+            self._contexts.start(self._site.reactor)
         super().startService()  # type: ignore[no-untyped-call]
 
     def stopService(self) -> Deferred[None]:
@@ -94,7 +108,14 @@ class UploadService(MultiService):
         gc.unfreeze()
         return Deferred.fromCoroutine(self._stop())
 
+    def reload(self) -> None:
+        """Read certificates again, as on SIGHUP."""
+        if self._contexts is not None:
+            self._contexts.reload()
+
     async def _stop(self) -> None:
+        if self._contexts is not None:
+            self._contexts.stop()
         await maybeDeferred(super().stopService)
         self._entrance.stop()
         await self._site.stop()
@@ -129,7 +150,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
         files_path=f"/{FILES_PATH.decode()}/",
         public_url=options["public-url"],
     )
-    entrance, origins = entrance_of(options, reactor, network_of), options["allowed-origins"]
+    entrance, origins = entrance_of(options, reactor, network_of, identity_of), options["allowed-origins"]
     root = Paths()  # type: ignore[no-untyped-call]
     root.putChild(b"", redirection(b"/" + FILES_PATH + b"/"))
     root.putChild(FILES_PATH, UploadResource(store, options["max-size"], sessions, origins, entrance))
@@ -148,15 +169,27 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
         logPath=options["access-log"],
         logFormatter=LOG_FORMATTERS[options["access-log-format"]],
     )
-    endpoints = options["listen"]
-    hints: list[str] = []
-    if not endpoints:
-        certificate = ensure_development_certificate(Path(options["root"]) / STATE_FOLDER / "development.pem")
-        endpoints = [default_endpoint(options["port"], certificate)]
-        hints = curl_hints(options["port"], certificate)
-    service = UploadService(site, sessions, store, entrance, hints)
+    contexts, hints = None, []
+    endpoints = options["listen"] or [default_endpoint(options["port"])]
+    if any(description.startswith(HTTPS) for description in endpoints):
+        paths = [Path(path) for path in options["certificates"]]
+        if not paths:
+            paths = [ensure_development_certificate(Path(options["root"]) / STATE_FOLDER / "development.pem")]
+            if not options["listen"]:
+                hints = curl_hints(options["port"], paths[0])
+        contexts = Contexts(
+            paths,
+            PROFILES[options["tls-profile"]],
+            Path(options["client-ca"]) if options["client-ca"] else None,
+            options["client-certificate"] == "required",
+            site.acceptableProtocols(),
+        )
+    service = UploadService(site, sessions, store, entrance, contexts, hints)
     for description in endpoints:
-        listening_service(with_backlog(description), site, reactor).setServiceParent(service)
+        listening = listening_service(with_backlog(description).removeprefix(HTTPS), site, reactor)
+        if contexts is not None and description.startswith(HTTPS):
+            listening.endpoint = tls_over(listening.endpoint, contexts, reactor)
+        listening.setServiceParent(service)
     return service
 
 
@@ -170,10 +203,9 @@ def send_readiness(request: Request, store: Store) -> None:
     send_content(request, b"text/plain", b"ready\n")
 
 
-def default_endpoint(port: int, certificate: Path) -> str:
+def default_endpoint(port: int) -> str:
     """The endpoint that is listened on where no other is named."""
-    path = str(certificate.absolute()).replace("\\", "\\\\").replace(":", "\\:").replace("=", "\\=")
-    return on_loopback(f"ssl:{port}:privateKey={path}:certKey={path}")
+    return on_loopback(f"{HTTPS}tcp:{port}")
 
 
 def curl_hints(port: int, certificate: Path) -> list[str]:

@@ -32,7 +32,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from lwstwisted import service
 from lwstwisted.access.rules import Rules
 from lwstwisted.options import BACKLOG, Options, on_loopback, parse_size, with_backlog
-from lwstwisted.service import OWN_DESCRIPTORS, curl_hints, default_endpoint, makeService
+from lwstwisted.service import OWN_DESCRIPTORS, curl_hints, makeService
 from lwstwisted.web.limits import MAX_LENGTH, Limits
 from tests.servers import PATIENCE, free_port, serving, twistd
 from tests.test_uploads_transfer import GatedStore
@@ -235,6 +235,10 @@ class OptionsTests(SynchronousTestCase):
                 "limits": Limits(),
                 "access-log": None,
                 "access-log-format": "combined",
+                "tls-profile": "intermediate",
+                "certificates": [],
+                "client-ca": None,
+                "client-certificate": "required",
                 **NO_ACCESS,
             },
         )
@@ -242,11 +246,15 @@ class OptionsTests(SynchronousTestCase):
     def test_all_options(self) -> None:
         limits = ("--limit", "body-rate=0", "--limit", "head_time=2.5", "--limit", "connections-per-address=7")
         log = ("--access-log", "/l", "--access-log-format", "json")
+        tls = ("--tls-profile", "modern", "--certificate", "/c")
+        clients = ("--client-ca", "/a", "--client-certificate", "optional")
         space = ("--min-free", "2K", "--quota", "3K")
         listen = ("-l", "tcp:1", "--listen", "unix:/s")
         resumable = ("--upload-lifetime", "36h", "--public-url", "https://a/b/", "--allow-origin", "https://c")
         proxies = ("--trusted-proxy", "10.1.0.0/16", "--trusted-proxy", "::1")
-        options = parsed("-r", "/r", "-d", "none", "-m", "1K", *space, *resumable, *proxies, *listen, *limits, *log)
+        options = parsed(
+            "-r", "/r", "-d", "none", "-m", "1K", *space, *resumable, *proxies, *listen, *limits, *log, *tls, *clients
+        )
         self.assertEqual(
             dict(options),
             {
@@ -264,6 +272,10 @@ class OptionsTests(SynchronousTestCase):
                 "limits": Limits(body_rate=0, head_time=2.5, connections_per_address=7),
                 "access-log": "/l",
                 "access-log-format": "json",
+                "tls-profile": "modern",
+                "certificates": ["/c"],
+                "client-ca": "/a",
+                "client-certificate": "optional",
                 **NO_ACCESS,
             },
         )
@@ -309,12 +321,6 @@ class OptionsTests(SynchronousTestCase):
 
 class DefaultTests(SynchronousTestCase):
     """What is served without --listen."""
-
-    def test_endpoint_escapes(self) -> None:
-        """Folders may have any name."""
-        endpoint = default_endpoint(1, Path(r"/a:b=c\d/x.pem"))
-        path = r"/a\:b\=c\\d/x.pem"
-        self.assertEqual(endpoint, f"ssl:1:privateKey={path}:certKey={path}:interface=127.0.0.1")
 
     def test_hints_are_shell_words(self) -> None:
         """What is printed can be pasted."""
