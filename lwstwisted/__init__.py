@@ -92,6 +92,9 @@ The map. Each number is a floor, and imports go downwards only
     openapi.py     7  the service described for programs: OpenAPI
     resource.py    8  which method goes where; downloads and listings
     resumable.py   8  /uploads/: which protocol and method goes where
+  logs.py          0  events as lines: of text, of JSON
+  config.py        0  options from a file, and the lines of its mistakes
+  metrics.py       7  what Prometheus is told
   options.py       4  what an operator may set, checked before anything is built
   service.py       9  how it all is put together and taken down
   __main__.py      10 the command line

@@ -75,6 +75,17 @@ class SignOptions(UsageOptions):
         self["expires"] = parse_span("--expires", self["expires"])
 
 
+class CheckOptions(UsageOptions):
+    """``lwstwisted check-config``."""
+
+    synopsis = "FILE"
+    longdesc = "Read a file of options as 'serve --config' would. Exit status: 0 it is good, 1 it says what isn't."
+
+    def parseArgs(self, file: str) -> None:  # type: ignore[override]
+        """Take the name of the file."""
+        self["file"] = file
+
+
 class Command(UsageOptions):
     """``lwstwisted COMMAND``."""
 
@@ -87,6 +98,7 @@ class Command(UsageOptions):
 
         return [
             ("serve", None, Options, "Serve file uploads over HTTP(S)."),
+            ("check-config", None, CheckOptions, "Look for mistakes in a file of options."),
             ("fsck", None, FsckOptions, "Look at the files of a service, or repair them."),
             ("sweep", None, SweepOptions, "Remove resumable uploads that have expired."),
             ("sign", None, SignOptions, "Print a URL that lets whoever has it upload, or fetch."),
@@ -100,7 +112,7 @@ class Command(UsageOptions):
     def postOptions(self) -> None:
         """:raises UsageError: without a command."""
         if self.subCommand is None:
-            raise UsageError("name a command: lwstwisted serve, fsck, sweep or sign")
+            raise UsageError("name a command: lwstwisted serve, check-config, fsck, sweep or sign")
 
 
 def main() -> None:
@@ -110,8 +122,8 @@ def main() -> None:
         command.parseOptions()  # type: ignore[no-untyped-call]
     except UsageError as error:
         sys.exit(_complain(error, 2))
-    run = {"fsck": fsck, "sweep": sweep, "sign": sign}.get(command.subCommand or "", serve)
-    sys.exit(run(command.subOptions))
+    commands = {"check-config": check_config, "fsck": fsck, "sweep": sweep, "sign": sign}
+    sys.exit(commands.get(command.subCommand or "", serve)(command.subOptions))
 
 
 def serve(options: Any) -> int:
@@ -119,16 +131,19 @@ def serve(options: Any) -> int:
 
     :returns: exit status.
     """
-    from twisted.logger import globalLogBeginner, textFileLogObserver
+    from twisted.logger import globalLogBeginner
+    from twisted.python.reflect import namedAny
 
     from lwstwisted.loop.reactor import install
 
     reactor = install()
+    from lwstwisted.options import LOG_OBSERVERS
     from lwstwisted.service import makeService
 
+    observer = namedAny(LOG_OBSERVERS[options["log-format"]])()
     try:
         service = makeService(options, reactor)
-        globalLogBeginner.beginLoggingTo([textFileLogObserver(sys.stdout)], redirectStandardIO=False)
+        globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
         service.privilegedStartService()  # type: ignore[no-untyped-call]
         service.startService()
     except Exception as error:
@@ -137,6 +152,21 @@ def serve(options: Any) -> int:
     for hint in service.hints:
         print(hint, flush=True)
     reactor.run()
+    return 0
+
+
+def check_config(options: Any) -> int:
+    """Look for mistakes in a file.
+
+    :returns: exit status.
+    """
+    from lwstwisted.options import Options
+
+    try:
+        Options().parseOptions(["--config", options["file"]])
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
@@ -200,7 +230,8 @@ def sign(options: Any) -> int:
 
 
 def _complain(error: Exception, status: int) -> int:
-    print(f"lwstwisted: {error}", file=sys.stderr)
+    for line in str(error).split("\n"):
+        print(f"lwstwisted: {line}", file=sys.stderr)
     return status
 
 

@@ -7,10 +7,14 @@ transport (libwebsockets keeps a bitmap for the same purpose).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 _NO_REASONS: frozenset[str] = frozenset()
 # One for all: most valves are open, and a set of their own would take 216 bytes.
+
+pauses: Counter[str] = Counter()
+"""How often each reason has come to a valve that it did not hold yet, in this process."""
 
 
 class Valve:
@@ -39,6 +43,9 @@ class Valve:
 
     def close(self, reason: str) -> None:
         """Add a reason; adding it twice is the same as once."""
+        if reason in self._reasons:
+            return
+        pauses[reason] += 1
         was_open = not self._reasons
         self._reasons |= {reason}
         if was_open:

@@ -66,6 +66,22 @@ class LoopStatistics:
     parked: int
 
 
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """What a store has met so far, and what it does at this moment.
+
+    :ivar calls: that run in its threads, or wait for one.
+    :ivar waiting: those of them that wait.
+    :ivar failures: calls that failed so that an operator has to look, by code of the refusal (``errors.py``).
+    :ivar promised: bytes of the disk that uploads under way were promised and have not taken yet.
+    """
+
+    calls: int
+    waiting: int
+    failures: Mapping[str, int]
+    promised: int
+
+
 class IFakePollin(Interface):
     """The optional hook of an event loop that drives itself."""
 

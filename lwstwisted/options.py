@@ -11,10 +11,10 @@ from dataclasses import fields
 from ipaddress import ip_network
 from typing import Any
 
-from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 
 from lwstwisted.access.options import AccessOptions
+from lwstwisted.config import Configurable
 from lwstwisted.tls.options import HTTPS, TLSOptions
 from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
 
@@ -29,7 +29,9 @@ ANY_ORIGIN = "*"
 NO_ORIGIN = "none"
 """What --allow-origin says for none but our own."""
 
-LOG_FORMATS = ("combined", "json")
+ACCESS_LOG_FORMATS = ("combined", "json")
+LOG_FORMATS = ("text", "json")
+LOG_OBSERVERS = {"text": "lwstwisted.logs.text_observer", "json": "lwstwisted.logs.json_observer"}
 
 _SPAN = re.compile(r"([0-9]{1,6})([mhd]?)")
 _SECONDS = {"m": 60, "": 3600, "h": 3600, "d": 24 * 3600}
@@ -45,8 +47,8 @@ _FIELD_END = re.compile(r"(?<!\\):")
 _NAMED_FIELD = re.compile(r"(?<!\\)=")
 
 
-class Options(AccessOptions, TLSOptions, UsageOptions):
-    """The command line. Each option says what happens without it."""
+class Options(AccessOptions, TLSOptions, Configurable):
+    """The command line, or a file (``config.py``). Each option says what happens without it."""
 
     longdesc = (
         "Serve file uploads: PUT, GET, HEAD and DELETE of /files/NAME, and listings of folders;"
@@ -63,7 +65,11 @@ class Options(AccessOptions, TLSOptions, UsageOptions):
         ["port", "p", DEFAULT_PORT, "Port of the default listener; not together with --listen.", int],
         ["access-log", "a", None, "File that each request is written to. [default: the log of the service]"],
         ["access-log-format", None, "combined", "combined, as other web servers have it, or json: an object a line."],
+        ["log-format", None, "text", "text, or json: an object a line; the log of the service on standard output."],
+        ["metrics", None, None, "Endpoint of /metrics for Prometheus, such as 'tcp:9100'. [default: there is none]"],
     ]
+    rows = {"allow": "{who}:{actions}:{path}"}
+    separators = {"group": ":"}
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -84,7 +90,9 @@ class Options(AccessOptions, TLSOptions, UsageOptions):
         """A limit of what one client may take, as NAME=NUMBER; may be repeated. Their names, meanings and defaults
         are those of lwstwisted.web.limits.Limits, such as connections-per-address=100 or body-rate=0."""
         name, _, value = setting.partition("=")
-        self["limits"][name.replace("-", "_")] = value
+        name = name.replace("-", "_")
+        parse_limits({name: value})
+        self["limits"][name] = value
 
     def opt_allow_origin(self, origin: str) -> None:
         """Origin of pages that may begin resumable uploads here, such as https://example.org, or '*' for any, or
@@ -126,11 +134,28 @@ class Options(AccessOptions, TLSOptions, UsageOptions):
             raise UsageError("--port is a number from 1 to 65535")
         self["limits"] = parse_limits(self["limits"])
         self.check_tls()
-        if self["access-log-format"] not in LOG_FORMATS:
-            raise UsageError(f"--access-log-format is {' or '.join(LOG_FORMATS)}")
+        if self["access-log-format"] not in ACCESS_LOG_FORMATS:
+            raise UsageError(f"--access-log-format is {' or '.join(ACCESS_LOG_FORMATS)}")
+        if self["log-format"] not in LOG_FORMATS:
+            raise UsageError(f"--log-format is {' or '.join(LOG_FORMATS)}")
         self.check_access()
+        self._observe()
+        if self["metrics"]:
+            self["metrics"] = on_loopback(self["metrics"])
         if not self["root"]:
             raise UsageError("--root is the name of a folder; '.' is the current one")
+
+    def _observe(self) -> None:
+        """Have twistd write its log as it is asked for here, unless it was told itself."""
+        daemon: Any = self.parent or {}
+        if "logger" not in daemon:
+            return
+        if daemon["logger"] is None and daemon["nodaemon"] and not (daemon["logfile"] or daemon["syslog"]):
+            daemon["logger"] = LOG_OBSERVERS[self["log-format"]]
+        elif self["log-format"] != "text":
+            raise UsageError(
+                "--log-format is for standard output; to twistd, say --nodaemon, and neither --logfile nor --logger"
+            )
 
 
 def parse_size(option: str, text: str) -> int:

@@ -16,6 +16,7 @@ from twisted.application.service import MultiService
 from twisted.application.strports import service as listening_service
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.selectreactor import SelectReactor
+from twisted.logger import Logger
 from twisted.web.server import Request
 
 from lwstwisted import errors
@@ -23,7 +24,6 @@ from lwstwisted.access.building import entrance_of
 from lwstwisted.access.entrance import Entrance
 from lwstwisted.certificate import ensure_development_certificate
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import Store
 from lwstwisted.options import Options, on_loopback, with_backlog
 from lwstwisted.stores.local import LocalStore
 from lwstwisted.stores.names import STATE_FOLDER
@@ -53,6 +53,8 @@ Each other client has three at most: a socket, a file, and the folder of a form.
 SELECTABLE = 1024
 """Descriptors that select(2) can wait for."""
 
+_log = Logger()
+
 LOG_FORMATTERS = {"combined": combined_log, "json": json_log}
 
 
@@ -72,6 +74,8 @@ class UploadService(MultiService):
     """Listeners, site, uploads under way and store; waits for each when it stops.
 
     :ivar hints: lines for a person that tell how to try the service.
+    :ivar others: sites that stop with the first one.
+    :ivar is_stopping: whether nothing should be sent here any more.
     """
 
     def __init__(
@@ -90,6 +94,15 @@ class UploadService(MultiService):
         self._store = store
         self._entrance = entrance
         self.hints = hints
+        self.is_stopping = False
+        self.others: list[StreamingSite] = []
+
+    def reopen_logs(self) -> None:
+        """Go on in a new access log, if somebody has moved the old one away."""
+        try:
+            self._site.reopen_log()
+        except OSError as error:
+            _log.error("the access log stays as it is: {error}", error=error)
 
     def startService(self) -> None:
         """See ``IService``. What is there now stays, and the garbage collector need not look at it again and again.
@@ -105,6 +118,7 @@ class UploadService(MultiService):
 
     def stopService(self) -> Deferred[None]:
         """See ``IService``."""
+        self.is_stopping = True
         gc.unfreeze()
         return Deferred.fromCoroutine(self._stop())
 
@@ -118,7 +132,8 @@ class UploadService(MultiService):
             self._contexts.stop()
         await maybeDeferred(super().stopService)
         self._entrance.stop()
-        await self._site.stop()
+        for site in (self._site, *self.others):
+            await site.stop()
         self._sessions.stop()
         await self._store.stop()
 
@@ -160,7 +175,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
     )
     root.putChild(b"openapi.json", published(document))
     root.putChild(b"healthz", ReadOnly(lambda request: send_content(request, b"text/plain", b"alive\n")))
-    root.putChild(b"readyz", ReadOnly(lambda request: send_readiness(request, store)))
+    root.putChild(b"readyz", ReadOnly(lambda request: send_readiness(request, store, service)))
     site = StreamingSite(
         root,
         reactor,
@@ -190,16 +205,29 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
         if contexts is not None and description.startswith(HTTPS):
             listening.endpoint = tls_over(listening.endpoint, contexts, reactor)
         listening.setServiceParent(service)
+    if options["metrics"]:
+        from lwstwisted.metrics import Measurements, scrape_site
+
+        expiries = contexts.expiries if contexts is not None else tuple
+        measurements = Measurements(site, store, reactor, options["root"], options["min-free"], expiries)
+        measurements.setServiceParent(service)  # type: ignore[no-untyped-call]
+        scraped = scrape_site(measurements, reactor)
+        listening_service(with_backlog(options["metrics"]), scraped, reactor).setServiceParent(service)
+        service.others.append(scraped)
     return service
 
 
-def send_readiness(request: Request, store: Store) -> None:
+def send_readiness(request: Request, store: LocalStore, service: UploadService) -> None:
     """Answer 200 while uploads should be sent here.
 
-    :raises Refused: ``NOT_READY``.
+    :raises Refused: ``NOT_READY``; ``STOPPING``; ``DISK_FULL`` if no upload would be taken.
     """
     if store.failure is not None:
         raise Refused(errors.NOT_READY)
+    if service.is_stopping:
+        raise Refused(errors.STOPPING)
+    if not store.has_room:
+        raise Refused(errors.DISK_FULL)
     send_content(request, b"text/plain", b"ready\n")
 
 

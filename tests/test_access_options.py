@@ -15,7 +15,6 @@ from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 from twisted.trial.unittest import SynchronousTestCase
 
-from lwstwisted.access import options as options_module
 from lwstwisted.access.building import entrance_of
 from lwstwisted.access.checkers import TokenChecker
 from lwstwisted.access.options import AccessOptions
@@ -45,7 +44,7 @@ class OptionsTests(SynchronousTestCase):
         folder = tempfile.mkdtemp(prefix="lwstwisted-")
         self.addCleanup(shutil.rmtree, folder)
         self.path = Path(folder) / "file"
-        self.patch(options_module, "makeChecker", self.make_checker)
+        self.patch(strcred, "makeChecker", self.make_checker)
 
     def make_checker(self, description: str) -> Any:
         """What strcred does, with the checkers that these tests are about."""

@@ -240,12 +240,14 @@ class OptionsTests(SynchronousTestCase):
                 "client-ca": None,
                 "client-certificate": "required",
                 **NO_ACCESS,
+                "log-format": "text",
+                "metrics": None,
             },
         )
 
     def test_all_options(self) -> None:
         limits = ("--limit", "body-rate=0", "--limit", "head_time=2.5", "--limit", "connections-per-address=7")
-        log = ("--access-log", "/l", "--access-log-format", "json")
+        log = ("--access-log", "/l", "--access-log-format", "json", "--log-format", "json", "--metrics", "tcp:9100")
         tls = ("--tls-profile", "modern", "--certificate", "/c")
         clients = ("--client-ca", "/a", "--client-certificate", "optional")
         space = ("--min-free", "2K", "--quota", "3K")
@@ -277,6 +279,8 @@ class OptionsTests(SynchronousTestCase):
                 "client-ca": "/a",
                 "client-certificate": "optional",
                 **NO_ACCESS,
+                "log-format": "json",
+                "metrics": "tcp:9100:interface=127.0.0.1",
             },
         )
         self.assertEqual(parsed("--port", "1234")["port"], 1234)
@@ -294,6 +298,7 @@ class OptionsTests(SynchronousTestCase):
             (["--limit", "head-time=nan"], "head-time is a number above 0"),
             (["--limit", "head-time=inf"], "head-time is a number above 0"),
             (["--access-log-format", "xml"], "--access-log-format"),
+            (["--log-format", "xml"], "--log-format"),
             (["--max-size", "much"], "--max-size"),
             (["--upload-lifetime", "1w"], "--upload-lifetime"),
             (["--public-url", "up.example.org"], "--public-url"),

@@ -158,6 +158,7 @@ class LogTests(SynchronousTestCase):
         entry = json.loads(line)
         when = datetime.fromisoformat(entry.pop("time"))
         self.assertLess(abs(when - datetime.now(UTC)), timedelta(minutes=1))
+        self.assertRegex(entry.pop("id"), "^[0-9a-f]{16}$")
         self.assertEqual(
             entry,
             {
@@ -166,6 +167,8 @@ class LogTests(SynchronousTestCase):
                 "target": "/f",
                 "protocol": "HTTP/1.1",
                 "status": 200,
+                "refusal": None,
+                "upload": None,
                 "received": 5,
                 "sent": 2,
                 "seconds": 1.25,

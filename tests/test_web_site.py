@@ -414,7 +414,8 @@ class OnlyOursTests(SynchronousTestCase):
         before = int(time.time())
         talk.send(get(b"/a?b=c", b"Referer: http://x/\x80", b'User-Agent: "q" \\ \x9b'))
         match = re.fullmatch(
-            r'"192\.168\.1\.1" - - \[([^]]+)\] "GET /a\?b=c HTTP/1\.1" 404 \d+ "http://x/\\x80" "\\"q\\" \\\\ \\x9b"\n',
+            r'"192\.168\.1\.1" - - \[([^]]+)\] "GET /a\?b=c HTTP/1\.1" 404 \d+ "http://x/\\x80" "\\"q\\" \\\\ \\x9b"'
+            r' "[0-9a-f]{16}" "-"\n',
             log.getvalue(),
         )
         self.assertIsNotNone(match, log.getvalue())

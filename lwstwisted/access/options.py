@@ -1,19 +1,16 @@
-"""The options of access, for the command line of a service."""
+"""The options of access, for the command line of a service.
+
+What is large is imported by the options that need it: ``lwstwisted --help`` is quick.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from twisted.cred.credentials import IUsernamePassword
-from twisted.cred.strcred import InvalidAuthType, makeChecker
 from twisted.python.usage import UsageError
 
-from lwstwisted.access.credentials import IBearerToken
 from lwstwisted.access.exposure import stays_on_loopback
-from lwstwisted.access.hosts import Hosts
 from lwstwisted.access.rules import Rules, parse_rule
-
-_SUPPORTED = {IUsernamePassword, IBearerToken}
 
 
 class AccessOptions:
@@ -29,6 +26,11 @@ class AccessOptions:
     def opt_auth(self: Any, description: str) -> None:
         """Who there is, by a checker of twisted.cred: htpasswd:PATH (bcrypt or Argon2), tokens:PATH, file:PATH and
         others; may be repeated. What they may do is said by --allow."""
+        from twisted.cred.credentials import IUsernamePassword
+        from twisted.cred.strcred import InvalidAuthType, makeChecker
+
+        from lwstwisted.access.credentials import IBearerToken
+
         kind, _, argument = description.partition(":")
         try:
             checker: Any = makeChecker(description)
@@ -38,7 +40,7 @@ class AccessOptions:
             raise UsageError(f"--auth {kind}: {argument}: {error.strerror}") from None
         except Exception as error:
             raise UsageError(f"--auth {kind}: {argument}: {error}") from None
-        if _SUPPORTED.isdisjoint(checker.credentialInterfaces):
+        if {IUsernamePassword, IBearerToken}.isdisjoint(checker.credentialInterfaces):
             raise UsageError(f"--auth {kind}: it checks neither passwords nor tokens")
         self.setdefault("auth", []).append(checker)
 
@@ -62,6 +64,8 @@ class AccessOptions:
     def opt_host(self: Any, name: str) -> None:
         """Name that leads here; may be repeated. Requests for other ones are refused. [default: without rules, on
         loopback and with no trusted proxy, those of loopback and of --public-url; else any]"""
+        from lwstwisted.access.hosts import Hosts
+
         try:
             Hosts([name])
         except ValueError as error:

@@ -61,7 +61,17 @@ from twisted.internet.interfaces import IReactorCore, IReactorFromThreads
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import NO_DIGESTS, Check, Digests, Entry, Found, Name, UploadState, anything
+from lwstwisted.interfaces import (
+    NO_DIGESTS,
+    Check,
+    Digests,
+    Entry,
+    Found,
+    Name,
+    StoreStatistics,
+    UploadState,
+    anything,
+)
 from lwstwisted.stores import waiting
 from lwstwisted.stores.batch import BatchFolder, recover_batches
 from lwstwisted.stores.hashing import RunningDigests
@@ -436,6 +446,28 @@ class LocalStore:
     async def list_with_parts(self) -> list[str]:
         """The ids of uploads that aren't files yet, and whose records have ``parts``: others that they need."""
         return [id.decode() for id in await self._readers.run(self._records.with_parts)]
+
+    def statistics(self) -> StoreStatistics:
+        """What happened so far and what is under way, for metrics."""
+        both = self._threads, self._readers
+        return StoreStatistics(
+            calls=sum(threads.under_way for threads in both),
+            waiting=sum(threads.waiting for threads in both),
+            failures=self._threads.failures + self._readers.failures,
+            promised=self._tree.space.promised,
+        )
+
+    def unfinished(self) -> tuple[int, int]:
+        """How many uploads that outlive requests are unfinished, and the bytes of the disk that they hold. It blocks.
+
+        :raises OSError: if it can't be seen.
+        """
+        return waiting.held(self._tree)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there is more free than the minimum that no upload takes."""
+        return self._tree.space.has_room
 
     async def stop(self) -> None:
         """Refuse new calls, wait for those under way, drop unfinished files, end the threads.

@@ -199,6 +199,17 @@ class Space:
         self._promised = 0
         self._threads = Lock()
 
+    @property
+    def promised(self) -> int:
+        """Bytes that are kept for somebody."""
+        return self._promised
+
+    @property
+    def has_room(self) -> bool:
+        """Whether an upload would find some of the disk left that it may take."""
+        disk = os.fstatvfs(self._disk)
+        return not disk.f_blocks or disk.f_bavail * disk.f_frsize > self._minimum_free
+
     def promise(self, count: int) -> None:
         """Keep ``count`` bytes of the disk for somebody; fewer than none are given back.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
@@ -57,12 +57,14 @@ class Threads:
 
     :param threads: calls at once.
     :param for_urgent: urgent ones at once, beside those.
+    :ivar failures: how often a call failed in a way that an operator has to mend, by the code of its refusal.
     """
 
     _log = Logger()
 
     def __init__(self, reactor: IReactorFromThreads, threads: int, for_urgent: int = 0) -> None:
         self.stopping = False
+        self.failures: Counter[str] = Counter()
         self._reactor = reactor
         self._pool = ThreadPool(minthreads=0, maxthreads=threads, name="lwstwisted-store")
         self._urgent_pool = ThreadPool(minthreads=0, maxthreads=for_urgent, name="lwstwisted-store-urgent")
@@ -166,8 +168,19 @@ class Threads:
     def _told(self, work: Callable[..., object], error: OSError) -> Refused:
         refusal = _ANSWERS.get(error.errno or 0, errors.STORE_FAILED)
         if refusal.status in (500, 507):  # else it is nothing that an operator can mend
+            self.failures[refusal.code] += 1
             self._log.error("store: {work} failed: {error}", work=work.__name__, error=error)
         return Refused(refusal)
+
+    @property
+    def under_way(self) -> int:
+        """How many calls run, or wait for a thread."""
+        return self._under_way
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for a thread."""
+        return len(self._waiting) + len(self._urgent)
 
     async def idle(self) -> None:
         """Wait until no call is under way."""

@@ -150,6 +150,17 @@ def space_taken(tree: Tree) -> int:
     return Records(tree).space_taken()
 
 
+def held(tree: Tree) -> tuple[int, int]:
+    """How many unfinished uploads there are, and the bytes of the disk that they hold, reserved ones included."""
+    count = bytes_ = 0
+    with tree.folder(UPLOAD_FOLDER) as folder:
+        for id in ids(tree):
+            data = _status(id, folder)
+            if data is not None and data.st_nlink == 1:
+                count, bytes_ = count + 1, bytes_ + data.st_blocks * 512
+    return count, bytes_
+
+
 def expired(tree: Tree) -> Iterator[tuple[bytes, UploadState]]:
     """The uploads that have expired, or whose bytes are lost, also if somebody holds them."""
     for id in ids(tree):

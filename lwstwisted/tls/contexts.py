@@ -107,6 +107,13 @@ class Contexts:
         """What is in use, the default one first."""
         return [held.identity for held in self._held.values()]
 
+    def expiries(self) -> list[tuple[str, float]]:
+        """The first name of each certificate in use, or its file, and when it ends, in seconds since the epoch."""
+        return [
+            (one.names[0] if one.names else str(one.source.chain), one.chain[0].not_valid_after_utc.timestamp())
+            for one in self.identities
+        ]
+
     def serverConnectionForTLS(self, tlsProtocol: Any) -> SSL.Connection:
         """See ``IOpenSSLServerConnectionCreator``."""
         return ServerConnection(self._fronts)

@@ -48,6 +48,7 @@ from lwstwisted.uploads.put import put
 from lwstwisted.uploads.session import Sessions
 from lwstwisted.uploads.spooled import receive_spooled
 from lwstwisted.web.limits import MAX_LENGTH
+from lwstwisted.web.request import note_upload
 
 SAFE_METHODS = {b"GET", b"HEAD", b"OPTIONS"}
 """They change nothing (RFC 9110 section 9.2.1), so a page of another site may cause them."""
@@ -98,6 +99,8 @@ class UploadResource(Resource):
         """See :class:`~lwstwisted.interfaces.IStreamingResource`."""
         self._entrance.require_own_host(request)
         begins = request.method in _BEGINNING and self._sessions is not None and rufh.is_spoken(request)
+        if request.method in _BEGINNING:
+            note_upload(request, "put" if request.method == b"PUT" else "form")
         if begins:
             self._cross_origin.tell(request)
         allowed = self._allowed(request)

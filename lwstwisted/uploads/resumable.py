@@ -26,6 +26,7 @@ from lwstwisted.uploads import rufh, tus
 from lwstwisted.uploads.cors import ANY, CrossOrigin
 from lwstwisted.uploads.session import Sessions
 from lwstwisted.uploads.spooled import SpooledBody, receive_spooled
+from lwstwisted.web.request import note_upload
 
 _ID = re.compile(rb"[0-9a-f]{32}")
 _OF_ALL = (b"OPTIONS", b"POST")
@@ -66,6 +67,7 @@ class ResumableResource(Resource):
             return self._options(request, body)
         path = request.postpath or [b""]
         is_tus = tus.is_spoken(request)
+        note_upload(request, "tus" if is_tus else "ietf", path[0].decode() if _ID.fullmatch(path[0]) else "")
         if is_tus:
             tus.require_version(request)
         method = tus.method_of(request) if is_tus else request.method

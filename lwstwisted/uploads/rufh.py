@@ -47,7 +47,7 @@ from lwstwisted.uploads.disposition import decode_extended, parse_disposition
 from lwstwisted.uploads.plan import Plan, Role
 from lwstwisted.uploads.put import answer_stored
 from lwstwisted.uploads.session import Session, Sessions, State
-from lwstwisted.web.request import StreamingRequest
+from lwstwisted.web.request import StreamingRequest, note_stored, note_upload
 
 RESUMPTION_SUPPORTED = 104
 PART_TYPE = b"application/partial-upload"
@@ -187,6 +187,7 @@ async def create(
         talk.say(False)
         raise Refused(errors.BODY_TOO_LARGE)
     async with sessions.begun(plan, visitor) as session:
+        note_upload(request, "ietf", session.id)
         url = session.url.encode("ascii")
         talk.say(False, session)
         try:
@@ -387,6 +388,8 @@ async def _take(session: Session, talk: _Talk, body: IRequestBody | None, proof:
             await _note_refusal(session, refused)
             talk.say(True)
         raise
+    if not session.was_named:
+        note_stored(talk.request)
     talk.say(True, session)
     _answer_for_file(session, talk, named)
 

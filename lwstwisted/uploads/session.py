@@ -87,6 +87,7 @@ class Session:
     :ivar id: its id.
     :ivar plan: what it is meant to be; a file without a name has its id for one.
     :ivar is_gone: whether it has been removed.
+    :ivar was_named: whether it had become a file before this request.
     """
 
     def __init__(self, sessions: Sessions, id: str, visitor: Visitor = ANYBODY) -> None:
@@ -96,7 +97,7 @@ class Session:
         self._sessions = sessions
         self._stored: StoredUpload | None = None
         self._transfer: Transfer | None = None
-        self.is_gone = False
+        self.is_gone = self.was_named = False
         self._is_unwanted = False
         self._is_released = False
         self._refused: Refused | None = None
@@ -283,6 +284,7 @@ class Session:
     def hold(self, stored: StoredUpload) -> None:
         """The upload is this request's."""
         self._stored = stored
+        self.was_named = stored.state.named is not None
         plan = plan_of(stored.state)
         self.plan = plan if plan.target or plan.role is Role.PART else replace(plan, target=(self.id,))
 

@@ -24,7 +24,7 @@ def receive_spooled(resource: IStreamingResource, request: Request) -> int:
 
     def failed(reason: Failure) -> None:
         if request.channel is not None:
-            answer_refusal(request, refusal_for(reason))
+            answer_refusal(request, refusal_for(reason, request))
 
     maybeDeferred(resource.receive, request, SpooledBody(cast(IO[bytes], request.content))).addErrback(failed)
     return NOT_DONE_YET

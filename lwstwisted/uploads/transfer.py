@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import mmap
 from typing import cast
+from weakref import WeakSet
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer, IProducer, IPushProducer
@@ -54,6 +55,12 @@ LARGEST_GROWN = 64 * 1024
 Block = bytearray | mmap.mmap
 
 _spare: list[Block] = []
+_under_way: WeakSet[Transfer] = WeakSet()
+
+
+def waiting_bytes() -> int:
+    """Bytes that uploads of this process hold in memory, because the store hasn't taken them yet."""
+    return sum(transfer.waiting for transfer in _under_way)
 
 
 def _new_block(here: int, expected: int) -> Block:
@@ -86,6 +93,7 @@ class Transfer:
     """
 
     __slots__ = (
+        "__weakref__",
         "_block",
         "_failure",
         "_filled",
@@ -117,6 +125,12 @@ class Transfer:
         self._settling: Deferred[None] | None = None
         self._failure: BaseException | None = None
         self.received = 0
+        _under_way.add(self)
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that the store hasn't taken yet."""
+        return self._marks.level
 
     # The body calls these
 

@@ -40,6 +40,7 @@ from lwstwisted.uploads.digests import OF_REPRESENTATION, expected_digests
 from lwstwisted.uploads.plan import Plan, Role
 from lwstwisted.uploads.session import Session, Sessions, State
 from lwstwisted.web.limits import MAX_LENGTH
+from lwstwisted.web.request import note_stored, note_upload
 
 VERSION = b"1.0.0"
 CONTENT_TYPE = b"application/offset+octet-stream"
@@ -155,6 +156,7 @@ async def create(request: Request, body: IRequestBody, sessions: Sessions, visit
         raise Refused(errors.CONCATENATED)
     proof = _require_content(request, body) if has_content else None
     async with sessions.begun(plan, visitor) as session:
+        note_upload(request, "tus", session.id)
         try:
             if has_content:
                 await session.append(body, proof)
@@ -390,6 +392,8 @@ async def _finish(request: Request, session: Session, sessions: Sessions) -> Non
     """Make an upload that is whole a file, and tell what became of it."""
     if session.state in (State.WHOLE, State.NAMED) and session.plan.role is not Role.PART:
         named = await session.finish()
+        if not session.was_named:
+            note_stored(request)
         request.setHeader(b"Content-Location", sessions.url_of_file(session.plan.target).encode("ascii"))
         if named.etag:
             request.setHeader(b"ETag", named.etag.encode("ascii"))

@@ -8,7 +8,7 @@ import socket
 import sys
 import termios
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
@@ -37,6 +37,7 @@ def answer_refusal(request: Request, refused: Refused) -> None:
         request.channel.forceAbortClient()
         return
     refusal = refused.refusal
+    cast(Any, request).refusal = refusal.code
     kind, content = b"text/plain; charset=utf-8", refusal.sentence.encode() + b"\n"
     if refusal.problem:
         problem = {"type": refusal.problem, "title": refusal.sentence, "status": refusal.status, **refused.members}
@@ -92,12 +93,13 @@ def _socket_beneath(transport: Any) -> Any:
     return transport.getHandle()
 
 
-def refusal_for(reason: Failure) -> Refused:
+def refusal_for(reason: Failure, request: Request) -> Refused:
     """What to answer to a failure; one that is nobody's declared refusal is ours, and is logged."""
     if isinstance(reason.value, Refused):
         return reason.value
     if not isinstance(reason.value, (BodyCut, BodyStopped)):
-        _log.failure("a request failed in an unforeseen way", failure=reason)
+        id = getattr(request, "id", "-")
+        _log.failure("a request failed in an unforeseen way ({id})", failure=reason, id=id)
     return Refused(errors.INTERNAL)
 
 

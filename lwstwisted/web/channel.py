@@ -334,9 +334,9 @@ class StreamingChannel(Protocol):
 
     def _failed(self, reason: Failure, request: Request) -> None:
         if request is self._request and self._life is _Life.OPEN:
-            answer_refusal(request, refusal_for(reason))
+            answer_refusal(request, refusal_for(reason, request))
         elif not reason.check(Refused, BodyCut, BodyStopped):
-            _log.failure("a request failed after its connection was lost", failure=reason)
+            _log.failure("a request failed after it was lost ({id})", failure=reason, id=getattr(request, "id", "-"))
 
     def _end_body(self, end: End) -> None:
         body, self._body = self._body, None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from random import getrandbits
 from typing import Any, cast
 
 from twisted.internet.interfaces import IAddress
@@ -10,7 +13,7 @@ from twisted.web.http import RESPONSES
 from twisted.web.http_headers import Headers
 from twisted.web.server import Request
 
-from lwstwisted.web.forwarded import Forwarded
+from lwstwisted.web.forwarded import Forwarded, is_trusted
 
 _REASONS = {103: b"Early Hints", 104: b"Upload Resumption Supported"}
 """Of interim responses that Twisted doesn't know: RFC 8297, and draft-ietf-httpbis-resumable-upload."""
@@ -20,16 +23,57 @@ CLIENT_CLOSED = 499
 """What the access log says of a request that got no answer because its connection was lost, as nginx' does."""
 _SWITCHING_PROTOCOLS = 101
 
+REQUEST_ID = b"X-Request-ID"
+_ID = re.compile(rb"[0-9A-Za-z._~+/=-]{1,128}")
+"""What of a proxy's ids is taken over: more than any proxy makes, and nothing that a line of a log would trip over."""
+
+
+@dataclass(slots=True)
+class UploadNote:
+    """What a request has to do with an upload.
+
+    :ivar protocol: ``put``, ``form``, ``tus`` or ``ietf``.
+    :ivar id: of a resumable upload, which other requests are about as well; else "".
+    :ivar is_stored: whether this request has made it a file.
+    """
+
+    protocol: str
+    id: str = ""
+    is_stored: bool = False
+
+
+def note_upload(request: Request, protocol: str, id: str = "") -> None:
+    """Note that a request is about an upload, for logs and metrics.
+
+    :param protocol: see :class:`UploadNote`.
+    """
+    cast(Any, request).upload = UploadNote(protocol, id)
+
+
+def note_stored(request: Request) -> None:
+    """Note that the upload of a request has become a file by it."""
+    note: UploadNote | None = getattr(request, "upload", None)
+    if note is not None:
+        note.is_stored = True
+
 
 class StreamingRequest(Request):
     """A ``Request`` that can say something before its response, and knows what it took.
 
     :ivar arrived: when its head was complete, in seconds of the reactor's clock.
     :ivar received: bytes of its body that were delivered.
+    :ivar refusal: code of what it was refused with (``errors.py``), or "".
+    :ivar upload: the upload that it is about, if any.
+    :ivar is_cut: whether its client left before the end of its answer.
+    :ivar is_over: whether it was logged.
     """
 
     arrived = 0.0
     received = 0
+    refusal = ""
+    upload: UploadNote | None = None
+    is_cut = is_over = False
+    _id = ""
     _forwarded: Forwarded | None = None
 
     def forwarded(self) -> Forwarded:
@@ -38,6 +82,23 @@ class StreamingRequest(Request):
             trusted = getattr(self.site, "trusted_proxies", ())
             self._forwarded = Forwarded(self.client, self.requestHeaders, trusted)
         return self._forwarded
+
+    @property
+    def id(self) -> str:
+        """What it's called in logs, and in its answer: as a proxy that is believed calls it, or by a name of ours."""
+        if not self._id:
+            told = self.getHeader(REQUEST_ID)
+            if told and _ID.fullmatch(told) and is_trusted(self.client, getattr(self.site, "trusted_proxies", ())):
+                self._id = told.decode("ascii")
+            else:
+                self._id = f"{getrandbits(64):016x}"
+        return self._id
+
+    def write(self, data: bytes) -> None:
+        """See ``Request``; the head of the answer says the id."""
+        if not self.startedWriting:
+            self.setHeader(REQUEST_ID, self.id.encode("ascii"))  # type: ignore[no-untyped-call]
+        super().write(data)  # type: ignore[no-untyped-call]
 
     def getClientAddress(self) -> IAddress:
         """See ``Request``; behind a proxy that is believed it's the client of that."""
@@ -50,6 +111,7 @@ class StreamingRequest(Request):
     def connectionLost(self, reason: Failure) -> None:
         """See ``Request``; what was cut is in the access log as well."""
         if not self.finished:
+            self.is_cut = True
             if not self.startedWriting:
                 self.code = CLIENT_CLOSED
             cast(Any, self.site).log(self)

@@ -14,7 +14,7 @@ from twisted.python.failure import Failure
 from twisted.web.resource import IResource
 from twisted.web.server import Request, Site
 
-from lwstwisted.web.accesslog import combined_log
+from lwstwisted.web.accesslog import AccessEvents, AccessLog, combined_log
 from lwstwisted.web.channel import StreamingChannel
 from lwstwisted.web.forwarded import Networks, is_trusted
 from lwstwisted.web.limits import DEFAULT_LIMITS, Limits
@@ -50,6 +50,7 @@ class StreamingSite(Site):
     :param limits: what one client may take. ``Site``'s ``timeout`` overrides its ``idle_time``.
     :param trusted_proxies: networks of proxies whose word of their clients is believed (``forwarded.py``).
     :param options: what ``Site`` takes.
+    :ivar on_end: called with each request that is over, in front of its line in the access log.
     """
 
     protocol = StreamingChannel  # type: ignore[assignment]
@@ -72,7 +73,8 @@ class StreamingSite(Site):
         self.channels: set[StreamingChannel] = set()
         self._admitted: dict[StreamingChannel, str] = {}
         self._of_network: Counter[str] = Counter()
-        self._under_way: set[Deferred[None]] = set()
+        self._under_way: dict[Deferred[None], Request] = {}
+        self.on_end: Callable[[Request], object] = lambda request: None
 
     def getResourceFor(self, request: Request) -> IResource:
         """See ``Site``."""
@@ -93,8 +95,30 @@ class StreamingSite(Site):
         self._of_network[network] += 1
         return True
 
+    @property
+    def requests_under_way(self) -> list[Request]:
+        """The requests whose resources take the body as it arrives."""
+        return list(self._under_way.values())
+
+    def startFactory(self) -> None:
+        """See ``Factory``."""
+        super().startFactory()
+        if self.logPath is None:
+            self._logFile = AccessEvents()
+
+    def _openLogFile(self, path: str | bytes) -> AccessLog:
+        # The hook of Site, whose own file moves itself away when it is large: of many processes only one can do that.
+        return AccessLog(path)
+
+    def reopen_log(self) -> None:
+        """Go on in a new file, if there is an access log that somebody has moved away."""
+        if isinstance(self._logFile, AccessLog):
+            self._logFile.reopen()
+
     def log(self, request: Any) -> None:
         """See ``HTTPFactory``. A line that can't be written is lost, but the request ends, and gives all back."""
+        request.is_over = True
+        self.on_end(request)
         try:
             super().log(request)
         except Exception as error:
@@ -119,7 +143,7 @@ class StreamingSite(Site):
 
         :param failed: called when it fails.
         """
-        self._under_way.add(work)
+        self._under_way[work] = request
         # One callback for all: each pair of them takes 450 bytes for as long as an upload drips.
         work.addBoth(self._over, work, failed, request)
 
@@ -130,9 +154,9 @@ class StreamingSite(Site):
             if isinstance(result, Failure):
                 failed(result, request)
         except Exception:
-            _log.failure("a request failed behind its answer")
+            _log.failure("a request failed behind its answer ({id})", id=getattr(request, "id", "-"))
         finally:
-            self._under_way.discard(work)
+            self._under_way.pop(work, None)
 
     async def stop(self) -> None:
         """Close all connections, and wait until their requests have cleaned up."""

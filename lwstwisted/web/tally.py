@@ -17,10 +17,12 @@ class Tally:
     """Counts refusals and logs their sums.
 
     :param clock: an ``IReactorTime``.
+    :ivar totals: all that was counted, by code.
     """
 
     def __init__(self, clock: Any) -> None:
         self._clock = clock
+        self.totals: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._last: Any = None
         self._call: Any = None
@@ -32,6 +34,7 @@ class Tally:
         :param peer: the address of the client.
         """
         self._counts[code] += 1
+        self.totals[code if code.isidentifier() else "access_log"] += 1
         self._last = peer
         if self._call is None:
             self._call = self._clock.callLater(TALLY_TIME, self._say)
