@@ -95,6 +95,12 @@ The map. Each number is a floor, and imports go downwards only
   logs.py          0  events as lines: of text, of JSON
   config.py        0  options from a file, and the lines of its mistakes
   metrics.py       7  what Prometheus is told
+  running/            how a service lives among others
+    notify.py      0  what a service manager is told
+    sockets.py     3  listening sockets that outlive who accepts from them
+    lifecycle.py   1  signals, reloads, the watchdog
+    worker.py      0  how a process knows that it is one of several
+    workers.py     4  several processes that serve as one
   options.py       4  what an operator may set, checked before anything is built
   service.py       9  how it all is put together and taken down
   __main__.py      10 the command line

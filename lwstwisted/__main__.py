@@ -10,6 +10,7 @@ from twisted.python.usage import Options as UsageOptions
 from twisted.python.usage import UsageError
 
 from lwstwisted import __version__
+from lwstwisted.running.worker import claim
 
 
 class FsckOptions(UsageOptions):
@@ -117,6 +118,7 @@ class Command(UsageOptions):
 
 def main() -> None:
     """Run a command; errors of use and of start are one line on stderr, and exit status 1 or 2."""
+    claim()
     command = Command()  # type: ignore[no-untyped-call]
     try:
         command.parseOptions()  # type: ignore[no-untyped-call]
@@ -144,7 +146,7 @@ def serve(options: Any) -> int:
     try:
         service = makeService(options, reactor)
         globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
-        service.privilegedStartService()  # type: ignore[no-untyped-call]
+        service.privilegedStartService()
         service.startService()
     except Exception as error:
         return _complain(error, 1)
@@ -152,7 +154,7 @@ def serve(options: Any) -> int:
     for hint in service.hints:
         print(hint, flush=True)
     reactor.run()
-    return 0
+    return int(getattr(service, "exit_status", 0))
 
 
 def check_config(options: Any) -> int:

@@ -355,8 +355,11 @@ class StoredUpload(PartialFile, Protocol):
     async def checkpoint(self) -> None:
         """Make durable, and count in the offset, what is appended by now. Appending may go on meanwhile."""
 
-    async def verify(self, digests: Mapping[str, bytes]) -> bool:
-        """Whether what was appended since the last commit hashes to ``digests``, by name of the algorithm."""
+    async def verify(self, digests: Mapping[str, bytes], begin: int | None = None) -> bool:
+        """Whether the bytes from ``begin`` on hash to ``digests``, by name of the algorithm.
+
+        :param begin: an offset; None for what was appended since the last commit or checkpoint.
+        """
 
     async def discard(self) -> None:
         """Forget what was appended since the last commit or checkpoint."""

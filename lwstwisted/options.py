@@ -6,6 +6,7 @@ Nothing of the service itself is imported here: ``lwstwisted --help`` is quick.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from ipaddress import ip_network
@@ -63,6 +64,8 @@ class Options(AccessOptions, TLSOptions, Configurable):
         ["upload-lifetime", None, "24h", "Time that an unfinished upload is kept after its last byte: 90m, 36h, 7d."],
         ["public-url", None, "", "What clients have in front of our paths: https://up.example.org [default: none]"],
         ["port", "p", DEFAULT_PORT, "Port of the default listener; not together with --listen.", int],
+        ["workers", "w", 1, "Processes that serve together, with one more that watches them.", int],
+        ["drain-time", None, 30.0, "Seconds that requests under way may take to end, when the service stops.", float],
         ["access-log", "a", None, "File that each request is written to. [default: the log of the service]"],
         ["access-log-format", None, "combined", "combined, as other web servers have it, or json: an object a line."],
         ["log-format", None, "text", "text, or json: an object a line; the log of the service on standard output."],
@@ -77,6 +80,11 @@ class Options(AccessOptions, TLSOptions, Configurable):
         self["limits"] = {}
         self["allowed-origins"] = []
         self["trusted-proxies"] = []
+
+    def parseOptions(self, options: Any = None) -> None:
+        """See ``usage.Options``; the words are kept, for workers."""
+        self.words = list(sys.argv[1:] if options is None else options)
+        super().parseOptions(self.words)
 
     def opt_listen(self, description: str) -> None:
         """Twisted endpoint to listen on, such as 'tcp:8080'; with 'https:' in front for TLS, such as
@@ -133,6 +141,10 @@ class Options(AccessOptions, TLSOptions, Configurable):
         if not 1 <= self["port"] <= 65535:
             raise UsageError("--port is a number from 1 to 65535")
         self["limits"] = parse_limits(self["limits"])
+        if self["workers"] < 1:
+            raise UsageError("--workers is a number above 0")
+        if not 0 <= self["drain-time"] < float("inf"):
+            raise UsageError("--drain-time is a number of seconds, or 0")
         self.check_tls()
         if self["access-log-format"] not in ACCESS_LOG_FORMATS:
             raise UsageError(f"--access-log-format is {' or '.join(ACCESS_LOG_FORMATS)}")

@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import shlex
+import signal
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from twisted.application.service import MultiService
 from twisted.application.strports import service as listening_service
@@ -25,6 +28,11 @@ from lwstwisted.access.entrance import Entrance
 from lwstwisted.certificate import ensure_development_certificate
 from lwstwisted.errors import Refused
 from lwstwisted.options import Options, on_loopback, with_backlog
+from lwstwisted.running.lifecycle import Lifecycle
+from lwstwisted.running.notify import Notifier
+from lwstwisted.running.sockets import Inheriting, inherited
+from lwstwisted.running.worker import WORKER
+from lwstwisted.running.workers import Workers, watch_parent
 from lwstwisted.stores.local import LocalStore
 from lwstwisted.stores.names import STATE_FOLDER
 from lwstwisted.tls.clients import identity_of
@@ -55,6 +63,9 @@ SELECTABLE = 1024
 
 _log = Logger()
 
+STOP_TIME = 45.0
+"""Seconds that the end may take when all requests are over: longer than the store waits for a lock."""
+
 LOG_FORMATTERS = {"combined": combined_log, "json": json_log}
 
 
@@ -73,9 +84,11 @@ def within_descriptors(limits: Limits, reactor: Any) -> Limits:
 class UploadService(MultiService):
     """Listeners, site, uploads under way and store; waits for each when it stops.
 
+    :param drain_time: seconds that requests under way may take to end when it stops.
     :ivar hints: lines for a person that tell how to try the service.
     :ivar others: sites that stop with the first one.
     :ivar is_stopping: whether nothing should be sent here any more.
+    :ivar lifecycle: its signals, and what is reloaded.
     """
 
     def __init__(
@@ -86,6 +99,9 @@ class UploadService(MultiService):
         entrance: Entrance,
         contexts: Contexts | None,
         hints: list[str],
+        reactor: Any,
+        notifier: Notifier,
+        drain_time: float,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._contexts = contexts
@@ -93,9 +109,14 @@ class UploadService(MultiService):
         self._sessions = sessions
         self._store = store
         self._entrance = entrance
+        self._drain_time = drain_time
         self.hints = hints
         self.is_stopping = False
         self.others: list[StreamingSite] = []
+        # What reaches a whole group of processes is the parent's to tell its workers.
+        signals = {signal.SIGINT: lambda: None} if WORKER in os.environ else None
+        self.lifecycle = Lifecycle(reactor, notifier, self._status, self._hasten, signals)
+        self.lifecycle.reloads += [self.reload, self.reopen_logs]
 
     def reopen_logs(self) -> None:
         """Go on in a new access log, if somebody has moved the old one away."""
@@ -115,6 +136,7 @@ class UploadService(MultiService):
         if self._contexts is not None:
             self._contexts.start(self._site.reactor)
         super().startService()  # type: ignore[no-untyped-call]
+        self.lifecycle.start()
 
     def stopService(self) -> Deferred[None]:
         """See ``IService``."""
@@ -128,18 +150,31 @@ class UploadService(MultiService):
             self._contexts.reload()
 
     async def _stop(self) -> None:
+        self.lifecycle.stopping(self._drain_time + STOP_TIME)
+        self._site.doStart()  # type: ignore[no-untyped-call]  # else its log would be closed with the last listener
+        await maybeDeferred(super().stopService)
+        await self._site.drain(self._drain_time)
+        self._entrance.stop()
         if self._contexts is not None:
             self._contexts.stop()
-        await maybeDeferred(super().stopService)
-        self._entrance.stop()
         for site in (self._site, *self.others):
             await site.stop()
+        self._site.doStop()  # type: ignore[no-untyped-call]
         self._sessions.stop()
         await self._store.stop()
+        self.lifecycle.stop()
+
+    def _hasten(self) -> None:
+        self._drain_time = 0.0
+        self._site.hasten()
+
+    def _status(self) -> str:
+        doing = f"{len(self._site.channels)} connections, {len(self._site.requests_under_way)} requests under way"
+        return f"the disk has failed: {doing}" if self._store.failure is not None else doing
 
 
-def makeService(options: Options, reactor: Any = None) -> UploadService:
-    """Build the service.
+def makeService(options: Options, reactor: Any = None) -> UploadService | Workers:
+    """Build the service, or the parent of several that are the same service.
 
     :param options: parsed.
     :param reactor: the global one by default.
@@ -148,6 +183,15 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
     """
     if reactor is None:
         from twisted.internet import reactor
+    notifier = Notifier.from_environment()
+    is_worker = WORKER in os.environ
+    if options["workers"] > 1 and not is_worker:
+        # What is wrong with the root is told here, and once.
+        Deferred.fromCoroutine(LocalStore(options["root"], reactor, stops_with_reactor=False).stop())
+        listened, is_measured = listeners(options), bool(options["metrics"])
+        return Workers(
+            reactor, notifier, options.words, listened, options["workers"], options["drain-time"], is_measured
+        )
     store = LocalStore(
         options["root"],
         reactor,
@@ -190,7 +234,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
         paths = [Path(path) for path in options["certificates"]]
         if not paths:
             paths = [ensure_development_certificate(Path(options["root"]) / STATE_FOLDER / "development.pem")]
-            if not options["listen"]:
+            if not options["listen"] and os.environ.get(WORKER, "1") == "1":
                 hints = curl_hints(options["port"], paths[0])
         contexts = Contexts(
             paths,
@@ -199,9 +243,18 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
             options["client-certificate"] == "required",
             site.acceptableProtocols(),
         )
-    service = UploadService(site, sessions, store, entrance, contexts, hints)
+    service = UploadService(
+        site, sessions, store, entrance, contexts, hints, reactor, notifier, options["drain-time"]
+    )
+    inheriting, numbers = Inheriting(reactor, is_worker), count()
+
+    def listen(description: str, factory: Any) -> Any:
+        here = with_backlog(description).removeprefix(HTTPS)
+        here = inherited(here, next(numbers)) if is_worker else here
+        return listening_service(here, factory, cast(Any, inheriting))
+
     for description in endpoints:
-        listening = listening_service(with_backlog(description).removeprefix(HTTPS), site, reactor)
+        listening = listen(description, site)
         if contexts is not None and description.startswith(HTTPS):
             listening.endpoint = tls_over(listening.endpoint, contexts, reactor)
         listening.setServiceParent(service)
@@ -212,9 +265,18 @@ def makeService(options: Options, reactor: Any = None) -> UploadService:
         measurements = Measurements(site, store, reactor, options["root"], options["min-free"], expiries)
         measurements.setServiceParent(service)  # type: ignore[no-untyped-call]
         scraped = scrape_site(measurements, reactor)
-        listening_service(with_backlog(options["metrics"]), scraped, reactor).setServiceParent(service)
+        listen(options["metrics"], scraped).setServiceParent(service)
         service.others.append(scraped)
+    if is_worker:
+        watch_parent(reactor)
     return service
+
+
+def listeners(options: Options) -> list[str]:
+    """Descriptions of all endpoints that are listened on, in this order; without what TLS has in front of them."""
+    endpoints = options["listen"] or [default_endpoint(options["port"])]
+    measured = [options["metrics"]] if options["metrics"] else []
+    return [with_backlog(description).removeprefix(HTTPS) for description in (*endpoints, *measured)]
 
 
 def send_readiness(request: Request, store: LocalStore, service: UploadService) -> None:

@@ -196,7 +196,9 @@ def twistd(*options: str | Path, reactor: str = "lws") -> list[str | Path]:
     script("lwstwisted")  # where that is missing, twistd doesn't know us either
     # Tests call the service by many names, and some listen on all addresses.
     who = [] if "--allow" in options else ["--anonymous"]
-    return [script("twistd"), "--nodaemon", "--pidfile=", f"--reactor={reactor}", "lwstwisted", *who, *options]
+    # And they end it while bodies are open, for which an operator would have it wait longer.
+    drain = [] if "--drain-time" in options else ["--drain-time", "1"]
+    return [script("twistd"), "--nodaemon", "--pidfile=", f"--reactor={reactor}", "lwstwisted", *who, *drain, *options]
 
 
 @contextmanager

@@ -246,7 +246,7 @@ class UploadTests(EndToEndCase):
 
     def test_full_log(self) -> None:
         """Lines that can't be written harm nobody: requests are served, what is cut leaves nothing, and it can end."""
-        with self.tls_server("--access-log", "/dev/full") as (server, url):
+        with self.tls_server("--access-log", "/dev/full", "--drain-time", "1") as (server, url):
             self.round_trip(url)
             (self.root / "file").unlink()
             open_before = server.descriptors()
@@ -367,7 +367,8 @@ class ServeTests(EndToEndCase):
     def test_end_during_an_upload(self) -> None:
         """SIGTERM ends it well and soon, whatever a client does; nothing of the upload is left."""
         for how in (signal.SIGTERM, signal.SIGINT):
-            with self.serve("--root", self.root, "--listen", tls_endpoint(self.certificate)) as server:
+            options = ("--root", self.root, "--listen", tls_endpoint(self.certificate), "--drain-time", "1")
+            with self.serve(*options) as server:
                 (port,) = server.wait_for_ports()
                 self.upload_without_end(server, f"https://127.0.0.1:{port}/files")
                 started = time.monotonic()

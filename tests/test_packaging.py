@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
+import ssl
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 from unittest import TestCase, skipUnless
 
+import httpx
 import pytest
+
+from lwstwisted.certificate import ensure_development_certificate
+from lwstwisted.service import STOP_TIME
+from tests.servers import PATIENCE, serving, tls_endpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -84,7 +92,7 @@ class UnitTests(PackagingTestCase):
         """Every variable of the service is in the example, and the example has no other."""
         service = (ETC / "lwstwisted.service").read_text()
         commands = "\n".join(line for line in service.splitlines() if not line.startswith("#"))
-        used = set(re.findall(r"\$\{?(\w+)", commands))
+        used = set(re.findall(r"\$\{?(LWSTWISTED_\w+)", commands))
         given = set(re.findall(r"(?m)^(\w+)=", (ETC / "lwstwisted.env").read_text()))
         self.assertTrue(used)
         self.assertEqual(used, given)
@@ -92,12 +100,84 @@ class UnitTests(PackagingTestCase):
     @skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
     def test_systemd_accepts_the_units(self) -> None:
         """``systemd-analyze verify`` has nothing to say about them."""
+        for is_sealed in (False, True):
+            service = self.copy_service(is_sealed)
+            sockets = [shutil.copy(path, self.folder) for path in sorted(ETC.glob("*.socket"))]
+            self.assertEqual(len(sockets), 2)
+            command = ["systemd-analyze", "verify", "--man=no", service, *sockets]
+            done = subprocess.run(command, capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
+
+    def copy_service(self, is_sealed: bool) -> Path:
+        """The service as systemd would see it, but with the program that is here, as it looks for that."""
         text = (ETC / "lwstwisted.service").read_text()
-        self.assertIn("ExecStart=/opt/lwstwisted/bin/twistd ", text)
-        # systemd looks for the program, so the unit that it sees names the one that is here.
+        self.assertIn("ExecStart=/opt/lwstwisted/bin/lwstwisted serve ", text)
         service = self.folder / "lwstwisted.service"
-        service.write_text(text.replace("/opt/lwstwisted/bin/twistd", str(SCRIPTS / "twistd")))
-        listening = shutil.copy(ETC / "lwstwisted.socket", self.folder)
-        command = ["systemd-analyze", "verify", "--man=no", service, listening]
-        done = subprocess.run(command, capture_output=True, text=True)
-        self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
+        service.write_text(text.replace("/opt/lwstwisted/bin/lwstwisted", str(SCRIPTS / "lwstwisted")))
+        if is_sealed:
+            shutil.copytree(ETC / "lwstwisted.service.d", self.folder / "lwstwisted.service.d")
+        return service
+
+    @skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
+    def test_exposure(self) -> None:
+        """What somebody could do who has taken over the service, in points of ``systemd-analyze security``."""
+        for is_sealed, most in ((False, 1.3), (True, 0.9)):
+            service = self.copy_service(is_sealed)
+            told = self.run_command("systemd-analyze", "security", "--offline=true", "--no-pager", service)
+            found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", told)
+            assert found is not None, told
+            self.assertLessEqual(float(found[1]), most, told)
+
+    def test_times_fit(self) -> None:
+        """systemd waits for the end longer than the service takes for it."""
+        service = (ETC / "lwstwisted.service").read_text()
+        (patience,) = re.findall(r"(?m)^TimeoutStopSec=(\d+)s$", service)
+        (drain,) = re.findall(r"(?m)^LWSTWISTED_DRAIN_TIME=(\d+)$", (ETC / "lwstwisted.env").read_text())
+        self.assertGreater(int(patience), int(drain) + STOP_TIME)
+
+    @pytest.mark.slow
+    @skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
+    def test_system_calls(self) -> None:
+        """The service, its parent and its workers get along with the system calls that the unit leaves them.
+
+        From the start over uploads and a reload to the end. Root's one beyond them gives what it makes in the folder
+        of somebody else to that one; the service is not root.
+        """
+        strace = shutil.which("strace")
+        if strace is None:
+            self.skipTest("needs strace")
+        calls = self.folder / "calls"
+        calls.mkdir()
+        tracing = [strace, "-f", "-ff", "-qq", "-o", calls / "of"]
+        pair = ensure_development_certificate(self.folder / "pair.pem")
+        command = [*tracing, SCRIPTS / "lwstwisted", "serve", "--root", "root", "--workers", "2", "--drain-time", "1"]
+        command += ["--listen", tls_endpoint(pair), "--listen", "tcp:0", "--access-log", "log"]
+        with serving(command, cwd=self.folder) as server:
+            ports = server.wait_for_ports(2)
+            parent = int(server.wait_for(r"worker \d started: process (\d+)", 2)[0])
+            (parent,) = (int(pid) for pid in re.findall(r"PPid:\s(\d+)", Path(f"/proc/{parent}/status").read_text()))
+            for scheme, port in zip(("https", "http"), ports, strict=True):
+                url = f"{scheme}://127.0.0.1:{port}/files/{scheme}"
+                verify: Any = ssl.create_default_context(cafile=str(pair)) if scheme == "https" else True
+                with httpx.Client(verify=verify, trust_env=False, timeout=PATIENCE) as client:
+                    self.assertEqual(client.put(url, content=bytes(3 << 20)).status_code, 201)
+                    self.assertEqual(len(client.get(url).content), 3 << 20)
+                    self.assertEqual(client.delete(url).status_code, 204)
+            os.kill(parent, signal.SIGHUP)
+            os.kill(parent, signal.SIGTERM)
+            self.assertEqual(server.wait(), 0, server.text)
+        used = {
+            name
+            for path in calls.iterdir()
+            for name in re.findall(r"(?m)^(\w+)\(", path.read_text(errors="backslashreplace"))
+        }
+        self.assertGreater(len(used), 40)
+        allowed = self.calls_of("@system-service") - self.calls_of("@privileged") - self.calls_of("@resources")
+        self.assertLessEqual(used - allowed, {"fchown"} if os.geteuid() == 0 else set())
+
+    def calls_of(self, group: str) -> set[str]:
+        """The system calls of one of systemd's groups."""
+        told = self.run_command("systemd-analyze", "--no-pager", "syscall-filter", group)
+        words = {line.strip() for line in told.splitlines()[1:] if not line.strip().startswith("#")}
+        inner = {word for word in words if word.startswith("@")}
+        return (words - inner).union(*(self.calls_of(one) for one in inner))

@@ -37,9 +37,9 @@ from twisted.web.util import Redirect
 from twisted.web.vhost import NameVirtualHost
 from zope.interface import implementer
 
-from lwstwisted.errors import BodyCut
+from lwstwisted.errors import Refused
 from lwstwisted.interfaces import IRequestBody
-from lwstwisted.web.site import StreamingSite
+from lwstwisted.web.site import FAREWELL_TIME, LAST_CHANCE, StreamingSite
 from tests.test_web_channel import Answer, Sink, Streaming, Talk, Twin, answers, exchange, get, ok, put
 from tests.test_web_wire import head
 
@@ -440,6 +440,11 @@ class OnlyOursTests(SynchronousTestCase):
         self.assertEqual((shown["content"], shown["prepath"], shown["postpath"]), ("abc", ["f"], []))
 
 
+async def spool_and_answer(request: Request, body: IRequestBody) -> None:
+    await body.deliver_to(Sink())
+    ok(request)
+
+
 class StopTests(SynchronousTestCase):
     """The service stops."""
 
@@ -460,20 +465,24 @@ class StopTests(SynchronousTestCase):
         fresh = Talk(Data(b"page", "text/plain"))
         served = self.connect(fresh)
         served.send(get())
-        self.successResultOf(self.stop(fresh))
+        stopped = self.stop(fresh)
         self.assertTrue(fresh.is_closed)
         self.assertTrue(served.is_closed)
+        self.assertNoResult(stopped)
+        fresh.lose()
+        served.lose()
+        self.successResultOf(stopped)
 
     def test_busy(self) -> None:
-        """Busy ones are cut, and ``stop`` waits until their requests have cleaned up."""
+        """Bodies are refused, and ``stop`` waits until their requests have cleaned up and their clients know it."""
         cleaned: Deferred[None] = Deferred()
         seen: list[object] = []
 
         async def receive(request: Request, body: IRequestBody) -> None:
             try:
                 await body.deliver_to(Sink())
-            except BodyCut as cut:
-                seen.append(cut)
+            except Refused as refused:
+                seen.append(refused)
                 await cleaned
                 raise
 
@@ -482,13 +491,58 @@ class StopTests(SynchronousTestCase):
         lingering.send(b"rubbish\n")
         busy.send(put(b"abc", length=9))
         stopped = self.stop(busy)
-        self.assertTrue(busy.is_aborted)
         self.assertTrue(lingering.is_closed)
-        busy.lose()
         self.assertEqual(len(seen), 1)
-        self.assertNoResult(stopped)
+        self.assertEqual(busy.statuses, [])
         cleaned.callback(None)
+        self.assertEqual(busy.statuses, [503])
+        self.assertEqual(busy.answers[0].fields[b"retry-after"], b"1")
+        self.assertNoResult(stopped)
+        busy.clock.advance(FAREWELL_TIME)  # nobody reads it, nor leaves
+        self.assertTrue(busy.is_aborted)
         self.successResultOf(stopped)
+
+    def drain(self, talk: Talk, seconds: float = 30.0) -> Deferred[None]:
+        work: Coroutine[Deferred[Any], Any, None] = talk.site.drain(seconds)
+        return Deferred.fromCoroutine(work)
+
+    def test_drain(self) -> None:
+        """What has begun ends, with word that it is the last; who is idle has a moment, and then is closed."""
+        going = Talk(Streaming(spool_and_answer))
+        idle, late = self.connect(going), self.connect(going)
+        idle.send(get())
+        going.send(put(b"abc", length=6))
+        drained = self.drain(going)
+        late.send(get() + get())
+        self.assertEqual(late.answers[0].fields[b"connection"], b"close")
+        self.assertEqual(late.statuses, [200])
+        self.assertFalse(idle.is_closed)
+        idle.clock.advance(LAST_CHANCE)
+        self.assertTrue(idle.is_closed)
+        for talk in (idle, late):
+            talk.lose()
+        self.assertNoResult(drained)
+        going.send(b"def")
+        self.assertEqual(going.statuses, [200])
+        self.assertEqual(going.answers[0].fields[b"connection"], b"close")
+        going.lose()
+        self.successResultOf(drained)
+        self.assertEqual(going.clock.getDelayedCalls(), [])
+
+    def test_drain_has_an_end(self) -> None:
+        """A client that takes its time doesn't keep the service from stopping, nor does an impatient operator."""
+        talk = Talk(Streaming(spool_and_answer))
+        talk.send(put(b"abc", length=6))
+        drained = self.drain(talk)
+        for _ in range(29):
+            talk.clock.advance(1)
+        self.assertNoResult(drained)
+        talk.clock.advance(1)
+        self.successResultOf(drained)
+        hastened = self.drain(talk)
+        self.assertNoResult(hastened)
+        talk.site.hasten()
+        self.successResultOf(hastened)
 
     def test_work_behind_the_answer(self) -> None:
         """A request that still works though it has answered is waited for too."""
@@ -503,6 +557,7 @@ class StopTests(SynchronousTestCase):
         self.assertEqual(talk.statuses, [200, 200])
         stopped = self.stop(talk)
         self.assertTrue(talk.is_closed)
+        talk.lose()
         self.assertNoResult(stopped)
         done.callback(None)
         self.successResultOf(stopped)

@@ -57,7 +57,7 @@ from lwstwisted.loop.tls import TLSTransport
 from lwstwisted.web.answers import answer_refusal, bare_answer, bytes_read, limit_unsent, refusal_for, unread_bytes
 from lwstwisted.web.body import RequestBody, Spool
 from lwstwisted.web.deadline import Deadline, MinimumRate
-from lwstwisted.web.outgoing import Outgoing
+from lwstwisted.web.outgoing import Outgoing, head_lines
 from lwstwisted.web.request import CONTINUE, StreamingRequest, interim_response
 from lwstwisted.web.wire import End, Head, Signal, State, Wire
 
@@ -105,15 +105,14 @@ class StreamingChannel(Protocol):
         self._is_ended = False  # the client has ended its side
         self._has_lingered = False  # it had its time to read an early answer
         self._valve = Valve(self._pause_below, self._below.resumeProducing)
-        clock = self.factory.reactor
         self._watch: PeerWatch | None = None  # most connections are never paused
-        self._deadline = Deadline(clock)
+        self._deadline = Deadline(self.factory.reactor)
         self._rate: MinimumRate | None = None
         self._is_shaking = ISSLTransport.providedBy(self._below)
         if ITCPTransport.providedBy(self._below):
             self._below.setTcpNoDelay(True)
             limit_unsent(self._below)
-        self._out = Outgoing(self, self._below, clock)
+        self._out = Outgoing(self, self._below, self.factory.reactor)
         if not self.factory.admit(self):
             self._turn_away()
         elif self._is_shaking:
@@ -210,9 +209,8 @@ class StreamingChannel(Protocol):
         if self._watch is None:
             # Ours looks at its socket itself; of a stock TLS transport this is the one beneath it.
             watched = None if isinstance(self._below, TLSTransport) else getattr(self._below, "socket", None)
-            self._watch = PeerWatch(
-                self.factory.reactor, watched, lambda: not self._valve.is_open, self.forceAbortClient
-            )
+            clock, end = self.factory.reactor, self.forceAbortClient
+            self._watch = PeerWatch(clock, watched, lambda: not self._valve.is_open, end)
         self._watch.start()
 
     def _settle(self) -> None:
@@ -269,7 +267,7 @@ class StreamingChannel(Protocol):
         if isinstance(request, StreamingRequest):
             request.arrived = self.factory.reactor.seconds()
         self._requests_left -= 1
-        self._keep_alive = head.keep_alive and self._requests_left > 0
+        self._keep_alive = head.keep_alive and self._requests_left > 0 and not self.factory.is_draining
         for name, value in head.headers:
             request.requestHeaders.addRawHeader(name, value)
         request.parseCookies()
@@ -290,10 +288,9 @@ class StreamingChannel(Protocol):
             self._spool(request, body, head)
 
     def _expect_rate(self) -> None:
-        limits = self._limits
-        if self._rate is None and limits.body_rate:
-            clock = self.factory.reactor
-            self._rate = MinimumRate(clock, limits.body_rate, limits.body_rate_time, self._body_slow)
+        rate, seconds = self._limits.body_rate, self._limits.body_rate_time
+        if self._rate is None and rate:
+            self._rate = MinimumRate(self.factory.reactor, rate, seconds, self._body_slow)
         if self._rate is not None:
             self._rate.begin()
 
@@ -395,12 +392,7 @@ class StreamingChannel(Protocol):
         if not self._keep_alive or b"close" in [token.strip() for token in said.split(b",")]:
             self._keep_alive = False
             headers.setRawHeaders(b"connection", [b"close"])
-        parts = [version, b" ", code, b" ", reason, b"\r\n"]
-        for name, values in headers.getAllRawHeaders():
-            for value in values:
-                parts += (name, b": ", value, b"\r\n")
-        parts.append(b"\r\n")
-        self._below.writeSequence(parts)
+        self._below.writeSequence(head_lines(version, code, reason, headers))
 
     def _discard_arrived_body(self) -> None:
         """Throw away the rest of an unwanted body, as far as it is here."""
@@ -572,12 +564,20 @@ class StreamingChannel(Protocol):
         self._below.unregisterProducer()
         self._below.loseConnection()
 
+    def drain(self) -> None:
+        """The service will stop: what is here or on its way is the last request."""
+        self._keep_alive = False
+        if not self._is_shaking:
+            self._set_deadline()
+
     def stop(self) -> None:
-        """The service stops: an idle connection is closed, a busy one aborted."""
+        """The service stops: a body is refused, for now; a download is cut; what is whole gets its answer."""
         if self._request is None:
             self._close()
-        else:
+        elif self._request.startedWriting:
             self.forceAbortClient()
+        else:
+            self._cut_body(Failure(Refused(errors.STOPPING, {b"Retry-After": b"1"})))
 
     def forceAbortClient(self) -> None:
         """Close at once."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from twisted.internet.interfaces import IPushProducer
 from twisted.logger import Logger
+from twisted.web.http_headers import Headers
 from zope.interface import implementer
 
 ANSWER_SLICE = 64 * 1024
@@ -175,3 +176,13 @@ class Outgoing:
         self._is_pulled = False
         if producer is not None:
             producer.stopProducing()
+
+
+def head_lines(version: bytes, code: bytes, reason: bytes, headers: Headers) -> list[bytes]:
+    """The pieces of the head of a response."""
+    parts = [version, b" ", code, b" ", reason, b"\r\n"]
+    for name, values in headers.getAllRawHeaders():
+        for value in values:
+            parts += (name, b": ", value, b"\r\n")
+    parts.append(b"\r\n")
+    return parts

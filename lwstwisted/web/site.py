@@ -21,6 +21,11 @@ from lwstwisted.web.limits import DEFAULT_LIMITS, Limits
 from lwstwisted.web.request import StreamingRequest
 from lwstwisted.web.tally import Tally
 
+LAST_CHANCE = 1.0
+"""Seconds that an idle connection has for another request when the site begins to drain: it may be on its way."""
+FAREWELL_TIME = 5.0
+"""Seconds in which clients have to read their last answers when the site stops."""
+
 LINGERING = 100
 """Connections above the limits that are told why they are turned away; further ones are closed at once."""
 
@@ -75,6 +80,8 @@ class StreamingSite(Site):
         self._of_network: Counter[str] = Counter()
         self._under_way: dict[Deferred[None], Request] = {}
         self.on_end: Callable[[Request], object] = lambda request: None
+        self.is_draining = False
+        self._empty: Deferred[None] | None = None
 
     def getResourceFor(self, request: Request) -> IResource:
         """See ``Site``."""
@@ -127,6 +134,8 @@ class StreamingSite(Site):
     def leave(self, channel: StreamingChannel) -> None:
         """A connection is over."""
         self.channels.discard(channel)
+        if not self.channels:
+            self.hasten()
         network = self._admitted.pop(channel, None)
         if network is not None:
             self._of_network[network] -= 1
@@ -158,13 +167,44 @@ class StreamingSite(Site):
         finally:
             self._under_way.pop(work, None)
 
-    async def stop(self) -> None:
-        """Close all connections, and wait until their requests have cleaned up."""
+    async def drain(self, seconds: float) -> None:
+        """Let each connection have the request that it has begun, and wait for that as long as it may take."""
+        self.is_draining = True
+        self.timeOut = LAST_CHANCE if self.timeOut is None else min(self.timeOut, LAST_CHANCE)
         for channel in list(self.channels):
+            channel.drain()
+        await self._until_empty(seconds)
+
+    def hasten(self) -> None:
+        """Wait no longer."""
+        empty, self._empty = self._empty, None
+        if empty is not None:
+            empty.callback(None)
+
+    async def _until_empty(self, seconds: float) -> None:
+        if self.channels:
+            empty: Deferred[None] = Deferred()
+            self._empty = empty
+            call = self.reactor.callLater(seconds, self.hasten)
+            await empty
+            if call.active():
+                call.cancel()
+
+    async def stop(self) -> None:
+        """End all connections, and wait until their requests have cleaned up.
+
+        Bodies are refused: their clients hear that they should go on in a moment. What is whole gets its answer.
+        """
+        self.is_draining = True
+        for channel in list(self.channels):
+            channel.drain()
             channel.stop()
         self.tally.stop()
         while self._under_way:
             await DeferredList(list(self._under_way))
+        await self._until_empty(FAREWELL_TIME)
+        for channel in list(self.channels):
+            channel.forceAbortClient()
 
     def acceptableProtocols(self) -> list[bytes]:
         """HTTP/1.1 only, also where the h2 package is installed."""
