@@ -244,10 +244,10 @@ class MemoryUpload:
         if data != self._kept.data:
             self._kept.data, self._kept.changed = data, time.time()
 
-    async def verify(self, digests: Mapping[str, bytes]) -> bool:
+    async def verify(self, digests: Mapping[str, bytes], begin: int | None = None) -> bool:
         await self._store.before("verify")
         self._require_open()
-        return _are(digests, self.data[len(self._kept.data) :])
+        return _are(digests, self.data[len(self._kept.data) if begin is None else begin :])
 
     async def discard(self) -> None:
         self.data = self._kept.data

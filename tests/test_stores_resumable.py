@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -877,11 +878,72 @@ class LostTests(LocalCase):
 class DescriptorTests(LocalCase):
     """What uploads hold of this process."""
 
+    async def test_backup_by_links(self) -> None:
+        """A backup that links all files, those of uploads too, doesn't make bytes count that were taken back."""
+        store = self.make_store()
+        upload = await uploaded(store, b"good", 100)
+        backup = self.root.parent / f"{self.root.name}-backup"
+        self.addCleanup(shutil.rmtree, backup)
+        shutil.copytree(self.root, backup, copy_function=os.link)
+        await upload.append(memoryview(b"bad"))
+        await upload.discard()
+        assert upload.state.offset == 4
+        await upload.append(memoryview(b"lost with its holder"))
+        await upload.release()
+        again = await held(store, upload.id)
+        await again.append(memoryview(b"!"))
+        await again.commit(memoryview(b""))
+        assert again.state.offset == 5
+
+    async def test_missing_bytes(self) -> None:
+        """What isn't whole can't have a name, whoever asks for it."""
+        store = self.make_store()
+        upload = await uploaded(store, b"123", 5)
+        assert await refusal_of(upload.name_it(("a",))) is errors.STORE_FAILED
+        assert await names_in(store) == []
+
+    async def test_renewed_again_and_again(self) -> None:
+        """A record that is only renewed grows by nothing."""
+        store = self.make_store()
+        upload = await uploaded(store, b"123", 5, said="x" * 1000)
+        record = self.root / ".lwstwisted" / "uploads" / upload.id
+        before, size = upload.state.expires, record.stat().st_size
+        for _ in range(10):
+            await upload.keep(upload.state.record, 5)
+        assert record.stat().st_size == size
+        assert upload.state.expires >= before
+
+    async def test_asked_in_vain(self) -> None:
+        """Who may not have the name is refused without a look at the bytes, however often he asks."""
+        store = self.make_store()
+        upload = await uploaded(store, b"12345", 5)
+        reads, pread = [], os.pread
+        self.patch(os, "pread", lambda *what: reads.append(what) or pread(*what))
+        for _ in range(3):
+            refused = upload.name_it(("a",), refuse_all, {"sha256": b"?"})
+            assert await refusal_of(refused) is errors.PRECONDITION_FAILED
+        assert [what for what in reads if what[1] == 5] == []
+
+    async def test_stopped_in_a_sweep(self) -> None:
+        """A store that stops leaves the rest of what has expired to its next start."""
+        store = self.make_store()
+        for _ in range(20):
+            await (await store.begin_upload({}, 5, -1)).release()
+        removed, sweep_one = list[bytes](), waiting.sweep_one
+
+        def stop_behind_three(tree: Tree, id: bytes) -> int:
+            removed.append(id)
+            store._records.stopping = len(removed) == 3
+            return sweep_one(tree, id)
+
+        self.patch(waiting, "sweep_one", stop_behind_three)
+        assert await store.sweep_uploads() == len(removed) == 3
+
     async def test_descriptors(self) -> None:
         """One that is held has two, one that waits has none; whatever is refused leaves none."""
         store = self.make_store()
         idle = open_beneath(self.root)
-        uploads = [await uploaded(store, b"x", 5) for _ in range(3)]
+        uploads = [await uploaded(store, b"12345", 5) for _ in range(3)]
         assert len(open_beneath(self.root) - idle) == 6
         for upload in uploads:
             assert await store.open_upload(upload.id) is None

@@ -427,6 +427,38 @@ class SessionTests:
             assert session.offset == 16
             assert [call for call in clock.getDelayedCalls() if "Appending" in str(call.func)] == []
 
+    async def test_half_of_it_twice(self) -> None:
+        """A body that ends when as much of it is durable as is missing of the upload is not the end of that."""
+        for plan, is_last in ((Plan(("file",), 10), False), (Plan(("file",), 10, ends_at_length=False), True)):
+            clock, offsets, store = Clock(), list[int](), self.make_store()
+            async with self.make_sessions(store, reactor=clock).begun(plan) as session:
+                body = Body()
+                sending = running(session.append(body, None, offsets.append, is_last))
+                await body.accepted
+                body.feed(b"1234")
+                clock.advance(appending.CHECKPOINT_TIME)
+                await self.settled(session, offsets, 4)
+                body.feed(b"56")
+                body.end()
+                await sending
+                assert (session.offset, session.state) == (6, State.OPEN)
+                await session.append(Body.whole(b"7890"), None, None, is_last)
+                assert session.named is not None
+            assert await get(store, ("file",)) == b"1234567890"
+
+    async def test_newer_request_ends_a_repetition(self) -> None:
+        """Also one that only repeats its last word, and never ends it."""
+        sessions = self.make_sessions()
+        id = await begin(sessions, Plan(("file",), 3), b"123")
+        async with sessions.opened(id) as session:
+            newer = running(self.offset_of(sessions, id))
+            assert await refusal_of(session.require_nothing(Body())) is errors.UPLOAD_TAKEN
+        assert await newer == 3
+
+    async def offset_of(self, sessions: Sessions, id: str) -> int:
+        async with sessions.opened(id) as session:
+            return session.offset
+
     async def test_no_time_with_a_proof(self) -> None:
         """Bytes that have to be proved wait for their end, however long that takes."""
         clock, offsets = Clock(), list[int]()

@@ -477,7 +477,7 @@ class LocalStore:
         trigger, self._at_shutdown = self._at_shutdown, None
         if trigger is not None and self._core is not None:
             self._core.removeSystemEventTrigger(trigger)
-        self._threads.stopping = self._readers.stopping = True
+        self._threads.stopping = self._readers.stopping = self._records.stopping = True
         await self._readers.idle()
         await self._threads.idle()
         for partial in list(self._partials):

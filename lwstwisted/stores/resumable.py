@@ -203,10 +203,23 @@ class UploadFile:
                 _log.error("store: the bytes of an upload are lost: {id}", id=self.id.decode())
             self._remove(folder)
             raise Refused(errors.UPLOAD_NOT_FOUND)
-        if size > self.state.offset and os.fstat(self._data).st_nlink > 1:
+        if size > self.state.offset and self._is_being_named():
             self._go_on_naming()
         else:
             self._cut_off()
+
+    def _is_being_named(self) -> bool:
+        """Whether its bytes have the name that they are meant for, or the one on the way there.
+
+        Any further link may be a backup's, and says nothing of the bytes.
+        """
+        ours, path = os.fstat(self._data), encoded(self.target)
+        if ours.st_nlink > 1:
+            with suppress(FileNotFoundError):
+                return os.path.samestat(ours, os.lstat(self.id, dir_fd=self._tree.partial))
+            with suppress(FileNotFoundError, NotADirectoryError), self._tree.folder(path[:-1]) as folder:
+                return os.path.samestat(ours, os.lstat(path[-1], dir_fd=folder))
+        return False
 
     def _go_on_naming(self) -> None:
         """Note what a crash behind the sync of all bytes has kept from that. They may be a file: not one is cut off."""
@@ -275,10 +288,10 @@ class UploadFile:
                 self._has_lost = True
                 raise
 
-    def verify(self, digests: Mapping[str, bytes]) -> bool:
+    def verify(self, digests: Mapping[str, bytes], begin: int) -> bool:
         with self._entered:
             self._require_open()
-            return not self._hashed(digests, self.state.offset).wrong()
+            return not self._hashed(digests, begin).wrong()
 
     def _hashed(self, digests: Digests, begin: int) -> RunningDigests:
         running = RunningDigests(digests)
@@ -297,7 +310,7 @@ class UploadFile:
     def _cut_off(self) -> None:
         """Forget what isn't committed."""
         if (surplus := self._end - self.state.offset) > 0:
-            if os.fstat(self._data).st_nlink > 1:
+            if self._is_being_named():
                 raise OSError(errno.EBUSY, "the bytes may be a file already")
             os.ftruncate(self._data, self.state.offset)
             self._end = self.state.offset
@@ -336,7 +349,9 @@ class UploadFile:
                     space.keep()
                     counted = length - self._end
                     self._reserve(length)
-                self._note(replace(self.state, record=plan, length=length), has_changed=True)
+                # Who only renews it adds nothing to its record, which has an end.
+                has_changed = length != had or plan != self.state.record
+                self._note(replace(self.state, record=plan, length=length), has_changed)
             except BaseException:
                 self._tree.space.count(-counted)
                 raise
@@ -375,12 +390,17 @@ class UploadFile:
             if self.state.named is not None:
                 return self.state.named
             self._require_open()
+            if self.state.length not in (None, self._end):
+                raise OSError(errno.EINVAL, "bytes of the upload are missing")
             try:
+                named = self._already(path)
+                if named is None:
+                    self._tree.check_target(path, check)  # who asks in vain costs no look at all the bytes
                 hashed = self._hashed(digests, 0)
                 if hashed.wrong():
                     raise Refused(errors.DIGEST_MISMATCH)
                 self.digests = hashed.found()
-                named = self._already(path) or self._publish(path, check, self.digests)
+                named = named or self._publish(path, check, self.digests)
                 self._end_as(named)
                 return named
             except BaseException:
@@ -422,11 +442,10 @@ class UploadFile:
             self._has_lost = self._end > self.state.offset
             raise
         fcntl.flock(self._data, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        name = new_own_name()
-        file = OpenPartial(self._tree, os.dup(self._data), name)
+        file = OpenPartial(self._tree, os.dup(self._data), self.id)  # under its id it is found again
         try:
-            with self._tree.folder(UPLOAD_FOLDER) as folder:
-                os.link(data_name(self.id), name, src_dir_fd=folder, dst_dir_fd=self._tree.partial)
+            with self._tree.folder(UPLOAD_FOLDER) as folder, suppress(FileExistsError):  # a crash has left it
+                os.link(data_name(self.id), self.id, src_dir_fd=folder, dst_dir_fd=self._tree.partial)
             return Named(file.publish(path, check), etag)
         finally:
             self._tree.space.count(-file.replaced)
@@ -540,9 +559,10 @@ class LocalUpload:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
         await self._threads.run(self._file.checkpoint, lane=self._lane)
 
-    async def verify(self, digests: Mapping[str, bytes]) -> bool:
+    async def verify(self, digests: Mapping[str, bytes], begin: int | None = None) -> bool:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""
-        return await self._threads.run(self._file.verify, digests, lane=self._lane)
+        begin = self.state.offset if begin is None else begin
+        return await self._threads.run(self._file.verify, digests, begin, lane=self._lane)
 
     async def discard(self) -> None:
         """See :class:`~lwstwisted.interfaces.StoredUpload`."""

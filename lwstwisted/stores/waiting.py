@@ -89,6 +89,7 @@ class Records:
         self._tree = tree
         self._known: dict[bytes, tuple[tuple[int, int], UploadState]] = {}
         self._reading = Lock()
+        self.stopping = False
 
     def states(self) -> list[tuple[bytes, UploadState]]:
         """The ids of all uploads, and what they are; of their records only ``parts``."""
@@ -135,7 +136,11 @@ class Records:
         """Remove what has expired; how many uploads that were."""
         with self._tree.folder(UPLOAD_FOLDER) as folder:
             left = [id for id, state in self.states() if _is_over(state, _status(id, folder))]
-        swept = sum(sweep_one(self._tree, id) for id in left)
+        swept = 0
+        for id in left:
+            if self.stopping:
+                return swept  # each costs a sync, and the next start sweeps as well
+            swept += sweep_one(self._tree, id)
         for name in orphans(self._tree):
             sweep_orphan(self._tree, name)
         return swept

@@ -148,11 +148,9 @@ class Appending:
         expected = {} if self._proof is None else self._proof.expected()
         if not expected and name is None:
             return await self._stored.commit(data)
-        if expected and self._stored.state.offset != self._begin:
-            raise Refused(errors.BAD_CHECKSUM)  # it comes too late for what is durable
         await self._stored.append(data)
         self._total += len(data)
-        if self._proof is not None and expected and not await self._stored.verify(expected):
+        if self._proof is not None and expected and not await self._stored.verify(expected, self._begin):
             raise Refused(self._proof.refusal)
         if name is None:
             return await self._stored.commit(memoryview(b""))

@@ -7,7 +7,7 @@ Files they can't read. What keeps that harmless:
 * No answer allows credentials, so no cookie, password or certificate of a user goes along with such a request. A page
   that has a token of its own, or a signed URL, may send that: it got it from somebody, and not from the browser.
 * The protocols have fields that a plain form can't send, so a browser asks by a preflight first.
-* An upload of another origin never replaces a file.
+* An upload of another origin never replaces a file. That it is refused tells its page that there is one.
 * ``Access-Control-Allow-Private-Network`` is never sent. Browsers that know of it then keep pages of the internet
   off a service that is inside a network.
 """

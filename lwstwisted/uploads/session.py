@@ -188,7 +188,8 @@ class Session:
         if self._is_unwanted:
             raise Refused(errors.UPLOAD_TAKEN)
         self._require_right()
-        most = (self._max_size if self.length is None else self.length) - self.offset
+        begin = self.offset  # which a checkpoint moves while the body comes
+        most = (self._max_size if self.length is None else self.length) - begin
         overrun = errors.BODY_TOO_LARGE if self.length is None else errors.UPLOAD_OVERRUN
         if body.length is not None and body.length > most:
             raise Refused(overrun)
@@ -197,7 +198,7 @@ class Session:
         part.begin(transfer.flush)
         try:
             await body.deliver_to(cast(IConsumer, transfer))
-            if self._ends_with(transfer.received, is_last):
+            if self._ends_with(begin + transfer.received, is_last):
                 part.name = self._name
             await transfer.finish()
             self._refused = part.refused
@@ -222,6 +223,8 @@ class Session:
         """
         if body.length:
             raise Refused(errors.UPLOAD_FINISHED)
+        if self._is_unwanted:
+            raise Refused(errors.UPLOAD_TAKEN)
         transfer = self._transfer = Transfer(Appending(self.stored, self._sessions.clock), 0, 0, errors.UPLOAD_FINISHED)
         try:
             await body.deliver_to(cast(IConsumer, transfer))
@@ -230,9 +233,9 @@ class Session:
         finally:
             self._transfer = None
 
-    def _ends_with(self, count: int, is_last: bool) -> bool:
-        """Whether so many further bytes are the last ones, and nobody has to say so any more."""
-        is_whole = self.offset + count == self.length or (is_last and self.length is None)
+    def _ends_with(self, end: int, is_last: bool) -> bool:
+        """Whether so many bytes are all of them, and nobody has to say so any more."""
+        is_whole = end == self.length or (is_last and self.length is None)
         return is_whole and (is_last or self.plan.ends_at_length) and self.plan.role is Role.FILE
 
     async def _name(self) -> Named:
@@ -378,7 +381,7 @@ class Sessions:
     def start(self) -> None:
         """Begin to look for uploads that have expired, and go on with concatenations that a restart has left."""
         self._sweeping.start(SWEEP_TIME)
-        Deferred.fromCoroutine(self._look_at_concatenations())
+        Deferred.fromCoroutine(self._look_at_concatenations()).addErrback(_failed)
 
     def stop(self) -> None:
         """The opposite of :meth:`start`."""
@@ -550,12 +553,7 @@ class Sessions:
                 session.leave()
 
     def _sweep(self) -> Deferred[int]:
-        def failed(reason: Failure) -> int:
-            if not reason.check(Refused):
-                _log.failure("looking for uploads that have expired failed", failure=reason)
-            return 0
-
-        return Deferred.fromCoroutine(self._renew_and_sweep()).addErrback(failed)
+        return Deferred.fromCoroutine(self._renew_and_sweep()).addErrback(_failed)
 
     async def _renew_and_sweep(self) -> int:
         for id in {waiting for all_waiting in self._waiting.values() for waiting in all_waiting}:
@@ -564,3 +562,10 @@ class Sessions:
                 async with self.opened(id) as session:
                     await session.stored.keep(session.stored.state.record, session.length)
         return await self._store.sweep_uploads()
+
+
+def _failed(reason: Failure) -> int:
+    """What nobody asked for has failed; the store's refusals are told where it fails."""
+    if not reason.check(Refused):
+        _log.failure("a look at the uploads of the store failed", failure=reason)
+    return 0

@@ -14,7 +14,7 @@ bytes are not what ``Repr-Digest`` said), the last PATCH and each HEAD are refus
 an offset for a success.
 
 A checksum in a trailer should be announced by ``Trailer: Upload-Checksum``: only then are the bytes in front of it kept
-back, while those of any other request count as they come, and one for bytes that count already is refused.
+back, while those of any other request count as they come: if some do and are wrong, the upload is over.
 """
 
 from __future__ import annotations
@@ -226,8 +226,9 @@ async def append(
             try:
                 await session.append(body, proof)
             except Refused as refused:
-                if refused.refusal is errors.BAD_CHECKSUM and session.offset != offset:
-                    await session.cancel()  # bytes that count already can't be proven any more, nor taken back
+                is_wrong = refused.refusal in (errors.BAD_CHECKSUM, errors.CHECKSUM_MISMATCH)
+                if is_wrong and session.offset != offset:
+                    await session.cancel()  # bytes that count already can't be taken back
                 raise
         await _finish(request, session, sessions)
         request.setHeader(b"Upload-Offset", b"%d" % session.offset)
