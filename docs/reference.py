@@ -39,6 +39,7 @@ EXAMPLES = {
     "allow": '\nwho = ["alice", "bob"]\nactions = ["put", "get", "list"]\npath = "/files/team/**"',
     "hooks-dir": '"/etc/lwstwisted.hooks"',
     "hooks-http": '"https://hooks.example.org/"',
+    "hooks-http-forward-headers": '"Authorization,X-Request-Id"',
     "host": '["up.example.org"]',
     "signing-keys": '"/etc/lwstwisted.keys"',
 }

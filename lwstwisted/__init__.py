@@ -67,9 +67,22 @@ The map. Each number is a floor, and imports go downwards only
     placing.py     4  the last steps of a file: whole, durable, visible
     batch.py       4  files that become visible together or not at all
     resumable.py   5  uploads that outlive requests: bytes, and how many are durable
+    holding.py     6  such an upload as a request holds it: its calls go to threads
     waiting.py     6  such uploads as they lie there; which have expired
     local.py       7  the disk: own threads, atomic and durable commit
     fsck.py        7  what crashes have left, and files that changed by themselves
+  hooks/              asking and telling an application, as tusd does
+    names.py       0  the names of the events
+    events.py      1  what happens to uploads, for who is asked and told
+    messages.py    2  what is said to a hook and what it says, as JSON
+    senders.py     2  how a hook is reached: what both ways have in common
+    command.py     3  hooks as commands of a folder
+    http.py        3  hooks over HTTP
+    outbox.py      4  what is to be told, on disk until somebody has taken it
+    delivery.py    5  telling it, again and again, until it is taken
+    telling.py     6  both together: who is asked, and what is told
+    options.py     3  the options of all this
+    building.py    7  hooks as the options say
   uploads/            from requests to stored files
     announced.py   1  what a head says of the bytes behind it
     conditions.py  1  what a client believes of a file: If-Match and its like
@@ -83,6 +96,8 @@ The map. Each number is a floor, and imports go downwards only
     put.py         4  PUT
     form.py        4  POST multipart/form-data
     appending.py   2  what one request appends: durable in steps, or proven at its end
+    places.py      1  where clients find uploads and files
+    reporting.py   2  what a request for such an upload asks and tells
     plan.py        4  what a resumable upload is meant to be
     session.py     5  resumable uploads: one state, whichever protocol speaks of it
     rufh.py        6  the IETF's Resumable Uploads for HTTP

@@ -188,6 +188,15 @@ def anything(found: Found | None) -> None:
     """The check that lets everything pass."""
 
 
+Announce = Callable[[str, int], None]
+"""Is told the entity-tag and the bytes of a file that is whole and durable, before that gets its name. What it raises
+keeps the name from it. It is called in threads."""
+
+
+def unannounced(etag: str, size: int) -> None:
+    """The one for which nobody waits."""
+
+
 class PartialFile(Protocol):
     """A file that is being written, under no name yet. One call at a time."""
 
@@ -252,7 +261,12 @@ class Store(Protocol):
     """
 
     async def create(
-        self, name: Name, length: int | None, check: Check = anything, digests: Digests = NO_DIGESTS
+        self,
+        name: Name,
+        length: int | None,
+        check: Check = anything,
+        digests: Digests = NO_DIGESTS,
+        announce: Announce = unannounced,
     ) -> PartialFile:
         """Begin a file.
 
@@ -260,6 +274,7 @@ class Store(Protocol):
         :param length: announced bytes, or None.
         :param check: asked now, and again in the moment in which the name changes hands.
         :param digests: of the whole file; they are kept with it.
+        :param announce: called when it is committed, before it has its name.
         :raises Refused: if it could not become visible there, or there is no space for it.
         """
 
@@ -374,12 +389,19 @@ class StoredUpload(PartialFile, Protocol):
     async def take_from(self, other: StoredUpload) -> None:
         """Append all bytes of another upload that is held as well, without a trip through this process."""
 
-    async def name_it(self, name: Name, check: Check = anything, digests: Digests = NO_DIGESTS) -> Named:
+    async def name_it(
+        self,
+        name: Name,
+        check: Check = anything,
+        digests: Digests = NO_DIGESTS,
+        announce: Announce = unannounced,
+    ) -> Named:
         """Make all its bytes the file ``name``. It may be repeated, also after a crash in its middle.
 
         What was appended since the last commit is made durable with it, or without it if it is refused.
 
         :param digests: of the whole file; they are kept with it.
+        :param announce: called before it has its name, unless a crash has kept only its record from saying that.
         :raises Refused: as :meth:`PartialFile.commit`; the upload is what it was before then.
         """
 

@@ -16,6 +16,7 @@ from twisted.python.usage import UsageError
 
 from lwstwisted.access.options import AccessOptions
 from lwstwisted.config import Configurable
+from lwstwisted.hooks.options import HookOptions
 from lwstwisted.tls.options import HTTPS, TLSOptions
 from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
 
@@ -48,7 +49,7 @@ _FIELD_END = re.compile(r"(?<!\\):")
 _NAMED_FIELD = re.compile(r"(?<!\\)=")
 
 
-class Options(AccessOptions, TLSOptions, Configurable):
+class Options(AccessOptions, HookOptions, TLSOptions, Configurable):
     """The command line, or a file (``config.py``). Each option says what happens without it."""
 
     longdesc = (
@@ -151,6 +152,7 @@ class Options(AccessOptions, TLSOptions, Configurable):
         if self["log-format"] not in LOG_FORMATS:
             raise UsageError(f"--log-format is {' or '.join(LOG_FORMATS)}")
         self.check_access()
+        self.check_hooks()
         self._observe()
         if self["metrics"]:
             self["metrics"] = on_loopback(self["metrics"])

@@ -27,6 +27,8 @@ from lwstwisted.access.building import entrance_of
 from lwstwisted.access.entrance import Entrance
 from lwstwisted.certificate import ensure_development_certificate
 from lwstwisted.errors import Refused
+from lwstwisted.hooks.building import telling_of
+from lwstwisted.hooks.telling import Telling
 from lwstwisted.options import Options, on_loopback, with_backlog
 from lwstwisted.running.lifecycle import Lifecycle
 from lwstwisted.running.notify import Notifier
@@ -98,6 +100,7 @@ class UploadService(MultiService):
         store: LocalStore,
         entrance: Entrance,
         contexts: Contexts | None,
+        telling: Telling | None,
         hints: list[str],
         reactor: Any,
         notifier: Notifier,
@@ -110,6 +113,7 @@ class UploadService(MultiService):
         self._store = store
         self._entrance = entrance
         self._drain_time = drain_time
+        self._telling = telling
         self.hints = hints
         self.is_stopping = False
         self.others: list[StreamingSite] = []
@@ -132,6 +136,8 @@ class UploadService(MultiService):
         """
         gc.collect()
         gc.freeze()
+        if self._telling is not None:
+            self._telling.start()
         self._sessions.start()
         if self._contexts is not None:
             self._contexts.start(self._site.reactor)
@@ -162,6 +168,8 @@ class UploadService(MultiService):
         self._site.doStop()  # type: ignore[no-untyped-call]
         self._sessions.stop()
         await self._store.stop()
+        if self._telling is not None:
+            await self._telling.stop()
         self.lifecycle.stop()
 
     def _hasten(self) -> None:
@@ -200,6 +208,8 @@ def makeService(options: Options, reactor: Any = None) -> UploadService | Worker
         quota=options["quota"],
         stops_with_reactor=False,  # else it would refuse what the uploads under way still have to write
     )
+    # When the store has undone what crashes have left, and before anything is served.
+    telling = telling_of(options["hooks"], Path(options["root"]), reactor)
     sessions = Sessions(
         store,
         options["max-size"],
@@ -208,11 +218,12 @@ def makeService(options: Options, reactor: Any = None) -> UploadService | Worker
         path=f"/{UPLOADS_PATH.decode()}/",
         files_path=f"/{FILES_PATH.decode()}/",
         public_url=options["public-url"],
+        events=telling,
     )
     entrance, origins = entrance_of(options, reactor, network_of, identity_of), options["allowed-origins"]
     root = Paths()  # type: ignore[no-untyped-call]
     root.putChild(b"", redirection(b"/" + FILES_PATH + b"/"))
-    root.putChild(FILES_PATH, UploadResource(store, options["max-size"], sessions, origins, entrance))
+    root.putChild(FILES_PATH, UploadResource(store, options["max-size"], sessions, origins, entrance, telling))
     root.putChild(UPLOADS_PATH, ResumableResource(sessions, origins, entrance))
     document = describe(
         f"/{FILES_PATH.decode()}/", options["max-size"], options["limits"], f"/{UPLOADS_PATH.decode()}/"
@@ -244,7 +255,7 @@ def makeService(options: Options, reactor: Any = None) -> UploadService | Worker
             site.acceptableProtocols(),
         )
     service = UploadService(
-        site, sessions, store, entrance, contexts, hints, reactor, notifier, options["drain-time"]
+        site, sessions, store, entrance, contexts, telling, hints, reactor, notifier, options["drain-time"]
     )
     inheriting, numbers = Inheriting(reactor, is_worker), count()
 

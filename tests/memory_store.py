@@ -18,7 +18,19 @@ from typing import Any
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import NO_DIGESTS, Check, Digests, Entry, Found, Name, Named, UploadState, anything
+from lwstwisted.interfaces import (
+    NO_DIGESTS,
+    Announce,
+    Check,
+    Digests,
+    Entry,
+    Found,
+    Name,
+    Named,
+    UploadState,
+    anything,
+    unannounced,
+)
 
 
 async def at_once(call: str) -> None:
@@ -266,7 +278,13 @@ class MemoryUpload:
         other._require_open()
         self._append(other._kept.data)
 
-    async def name_it(self, name: Name, check: Check = anything, digests: Digests = NO_DIGESTS) -> Named:
+    async def name_it(
+        self,
+        name: Name,
+        check: Check = anything,
+        digests: Digests = NO_DIGESTS,
+        announce: Announce = unannounced,
+    ) -> Named:
         await self._store.before("name_it")
         if self._kept.named is not None:
             return self._kept.named
@@ -350,7 +368,12 @@ class MemoryStore:
     # Files
 
     async def create(
-        self, name: Name, length: int | None, check: Check = anything, digests: Digests = NO_DIGESTS
+        self,
+        name: Name,
+        length: int | None,
+        check: Check = anything,
+        digests: Digests = NO_DIGESTS,
+        announce: Announce = unannounced,
     ) -> MemoryPartial:
         _checked(name)
         await self.before("create")

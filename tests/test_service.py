@@ -39,6 +39,19 @@ from tests.test_uploads_transfer import GatedStore
 
 TOP = Path(__file__).parent.parent
 
+NO_HOOKS = {
+    "hooks": None,
+    "hooks-dir": None,
+    "hooks-http": None,
+    "hooks-http-forward-headers": "",
+    "hooks-http-retry": "3",
+    "hooks-http-backoff": "1s",
+    "hooks-http-timeout": "15s",
+    "hooks-http-size-limit": "5120",
+    "hooks-enabled-events": "pre-create,post-create,post-receive,post-terminate,post-finish",
+    "progress-hooks-interval": "1s",
+}
+
 NO_ACCESS = {
     "allow": [],
     "anonymous": 0,
@@ -242,6 +255,7 @@ class OptionsTests(SynchronousTestCase):
                 "client-ca": None,
                 "client-certificate": "required",
                 **NO_ACCESS,
+                **NO_HOOKS,
                 "log-format": "text",
                 "metrics": None,
             },
@@ -285,6 +299,7 @@ class OptionsTests(SynchronousTestCase):
                 "client-ca": "/a",
                 "client-certificate": "optional",
                 **NO_ACCESS,
+                **NO_HOOKS,
                 "log-format": "json",
                 "metrics": "tcp:9100:interface=127.0.0.1",
             },

@@ -14,8 +14,8 @@ import pytest
 from twisted.trial.unittest import SynchronousTestCase
 
 from lwstwisted import errors
+from lwstwisted.stores.holding import LocalUpload
 from lwstwisted.stores.local import LocalStore
-from lwstwisted.stores.resumable import LocalUpload
 from lwstwisted.stores.tree import DIGESTS_ATTRIBUTE
 from tests.contracts import put, refusal_of
 from tests.servers import PATIENCE, script, serving, twistd, unfinished_beneath, visible_beneath, wait_until

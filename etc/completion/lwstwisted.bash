@@ -3,7 +3,7 @@
 _lwstwisted() {
     local current=${COMP_WORDS[COMP_CWORD]} words
     case ${COMP_WORDS[1]} in
-        serve) words="--access-log --access-log-format --allow --allow-origin --anonymous --auth --certificate --client-ca --client-certificate --config --drain-time --durability --group --help --host --limit --listen --log-format --max-size --metrics --min-free --port --public-url --quota --root --signing-keys --tls-profile --trusted-proxy --upload-lifetime --version --workers" ;;
+        serve) words="--access-log --access-log-format --allow --allow-origin --anonymous --auth --certificate --client-ca --client-certificate --config --drain-time --durability --group --help --hooks-dir --hooks-enabled-events --hooks-http --hooks-http-backoff --hooks-http-forward-headers --hooks-http-retry --hooks-http-size-limit --hooks-http-timeout --host --limit --listen --log-format --max-size --metrics --min-free --port --progress-hooks-interval --public-url --quota --root --signing-keys --tls-profile --trusted-proxy --upload-lifetime --version --workers" ;;
         check-config) words="--help --version" ;;
         fsck) words="--dry-run --help --repair --root --verify --version" ;;
         sweep) words="--dry-run --help --root --version" ;;

@@ -63,6 +63,7 @@ from lwstwisted import errors
 from lwstwisted.errors import Refused
 from lwstwisted.interfaces import (
     NO_DIGESTS,
+    Announce,
     Check,
     Digests,
     Entry,
@@ -71,12 +72,14 @@ from lwstwisted.interfaces import (
     StoreStatistics,
     UploadState,
     anything,
+    unannounced,
 )
 from lwstwisted.stores import waiting
 from lwstwisted.stores.batch import BatchFolder, recover_batches
 from lwstwisted.stores.hashing import RunningDigests
+from lwstwisted.stores.holding import LocalUpload
 from lwstwisted.stores.placing import OpenPartial, finish_file
-from lwstwisted.stores.resumable import LocalUpload, UploadFile
+from lwstwisted.stores.resumable import UploadFile
 from lwstwisted.stores.space import Reservation, Space
 from lwstwisted.stores.threads import Threads
 from lwstwisted.stores.tree import Durability, Segments, Tree, encoded
@@ -100,12 +103,15 @@ WRITER_THREADS = 8
 class _Draft:
     """A file that isn't finished, opened for its first bytes. Every method blocks; one thread at a time is let in."""
 
-    def __init__(self, tree: Tree, path: Segments, check: Check, digests: Digests) -> None:
+    def __init__(
+        self, tree: Tree, path: Segments, check: Check, digests: Digests, announce: Announce = unannounced
+    ) -> None:
         self.is_over = False
         self.etag = ""
         self._tree = tree
         self._path = path
         self._check = check
+        self._announce = announce
         self.digests: dict[str, bytes] = {}
         self._running = RunningDigests(digests)
         self._file: OpenPartial | None = None
@@ -144,6 +150,7 @@ class _Draft:
                     raise Refused(errors.DIGEST_MISMATCH)
                 self.digests = self._running.found()
                 self.etag = finish_file(self._tree, descriptor, self.digests)
+                self._announce(self.etag, self._offset)
                 return self._publish()
             finally:
                 self._close()
@@ -363,14 +370,20 @@ class LocalStore:
         return Deferred.fromCoroutine(self.stop())
 
     async def create(
-        self, name: Name, length: int | None, check: Check = anything, digests: Digests = NO_DIGESTS
+        self,
+        name: Name,
+        length: int | None,
+        check: Check = anything,
+        digests: Digests = NO_DIGESTS,
+        announce: Announce = unannounced,
     ) -> LocalPartial:
         """Begin a file. See :class:`~lwstwisted.interfaces.Store`.
 
         :raises Refused: ``IS_FOLDER``, ``NOT_A_FOLDER``, ``NOT_A_FILE`` (a symbolic link anywhere in
             the path), ``OTHER_FILE_SYSTEM``, ``DISK_FULL``, ``STORE_FAILED``, ``STOPPING``.
         """
-        return await _begin(_Draft(self._tree, encoded(name), check, digests), length, self._threads, self._partials)
+        draft = _Draft(self._tree, encoded(name), check, digests, announce)
+        return await _begin(draft, length, self._threads, self._partials)
 
     @property
     def failure(self) -> OSError | None:

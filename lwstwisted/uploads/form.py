@@ -43,6 +43,7 @@ from lwstwisted import errors
 from lwstwisted.access.rules import Action
 from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import BodyStopped, Refused
+from lwstwisted.hooks.events import NO_WISHES, Answer, Cause, Events, Finishing, Upload, metadata_of, new_id
 from lwstwisted.interfaces import NO_DIGESTS, Check, Digests, IBufferReceiver, IRequestBody, Name, PartialFile, Store
 from lwstwisted.stores.hashing import RunningDigests
 from lwstwisted.stores.names import parse_name
@@ -69,12 +70,19 @@ class Reserving(Protocol):
 
 
 async def post_form(
-    request: Request, body: IRequestBody, store: Store, folder: Name, max_size: int, visitor: Visitor = ANYBODY
+    request: Request,
+    body: IRequestBody,
+    store: Store,
+    folder: Name,
+    max_size: int,
+    visitor: Visitor = ANYBODY,
+    events: Events | None = None,
 ) -> None:
     """Store the files of a form in ``folder`` and answer 201 with a list of them.
 
     :param max_size: bytes of one file.
     :param visitor: is asked about each file.
+    :param events: who is asked and told of each file.
     :raises Refused: and nothing of the form is left then.
     :raises lwstwisted.errors.BodyCut: likewise, when the client left.
     """
@@ -83,7 +91,8 @@ async def post_form(
     require_identity(request)
     conditions, digests = Conditions.of(request), expected_digests(request)
     visitor.require_content(None, request.getHeader(b"content-type"))
-    form = Form(store, folder, boundary, min(max_size, visitor.max_size), conditions.check, digests, visitor)
+    told = None if events is None else (events, Cause.of(request))
+    form = Form(store, folder, boundary, min(max_size, visitor.max_size), conditions.check, digests, visitor, told)
     try:
         if body.length is not None:
             await form.reserve(body.length)
@@ -92,9 +101,11 @@ async def post_form(
     except BaseException as cut:
         cause = form.failure or cut
         await form.abort()
+        form.tell_of_failure()
         raise cause from None
+    said = await form.tell_of_names()
     if request.channel is not None:  # else the client left when all was sent
-        _answer(request, folder, stored)
+        _answer(request, folder, stored, said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,7 @@ class Form:
     :param check: what has to hold for the name of each file.
     :param digests: what the whole form has to hash to, by ``hashlib`` name.
     :param visitor: who sends it.
+    :param told: who is asked and told of each file, and of which request.
     """
 
     def __init__(
@@ -134,7 +146,11 @@ class Form:
         check: Check,
         digests: Digests = NO_DIGESTS,
         visitor: Visitor = ANYBODY,
+        told: tuple[Events, Cause] | None = None,
     ) -> None:
+        self._told = told
+        self._endings: list[Finishing] = []
+        self._said = NO_WISHES
         self._batch = store.batch()
         self._folder = tuple([segment.encode() for segment in folder])
         self._max_size = max_size
@@ -231,9 +247,33 @@ class Form:
             raise Refused(errors.FORM_WITHOUT_FILE)
         if self._running.wrong():
             raise Refused(errors.DIGEST_MISMATCH)
+        if self._told is not None:
+            files = zip(self._endings, self._names.values(), strict=True)
+            await self._told[0].announce([(ending, etag, size) for ending, (size, etag) in files])
         are_new = await self._batch.commit()
         found = zip(self._names.items(), are_new, strict=True)
         return [Stored(name[-1], size, etag, is_new) for (name, (size, etag)), is_new in found]
+
+    async def tell_of_names(self) -> Answer:
+        """Tell that all files have their names.
+
+        :returns: what the application wants of the answer.
+        :raises Refused: ``HOOK_FAILED``, ``HOOK_UNREACHABLE``; the files stay.
+        """
+        failure: Refused | None = None
+        for ending in self._endings:
+            try:
+                self._said = self._said.followed_by(await ending.named())
+            except Refused as refused:
+                failure = failure or refused
+        if failure is not None:
+            raise failure
+        return self._said
+
+    def tell_of_failure(self) -> None:
+        """Tell that they have not."""
+        for ending in self._endings:
+            ending.failed()
 
     async def abort(self) -> None:
         """Forget the form; nothing of it is left."""
@@ -300,14 +340,29 @@ class Form:
             self._overrun = errors.FORM_TOO_LARGE if part.filename is None else errors.NAME_EMPTY
             return
         name = parse_name([*self._folder, part.filename])
+        self._visitor.require(Action.PUT, name)
+        if self._told is not None:
+            name = await self._approved(name, *self._told)
+            self._visitor.require(Action.PUT, name)
+            self._go_on()
         if name in self._names:
             raise Refused(errors.FORM_NAME_TWICE)
-        self._visitor.require(Action.PUT, name)
         self._part = await self._batch.create(name, None, self._visitor.checking(name, self._check))
         self._transfer = Transfer(self._part, None, self._max_size)
         self._transfer.registerProducer(cast(IProducer, self), True)
         self._names[name] = (0, "")
         self._go_on()
+
+    async def _approved(self, name: Name, events: Events, cause: Cause) -> Name:
+        """Ask whether a file may come; the name that it gets."""
+        metadata = metadata_of(name, b"")
+        said = await events.may_create(Upload(metadata=metadata), cause)
+        if said.metadata is not None:
+            name = parse_name([*self._folder, said.metadata.get("filename", name[-1]).encode()])
+            metadata = dict(said.metadata)
+        self._said = self._said.followed_by(said)
+        self._endings.append(events.finishing(Upload(new_id(), metadata=metadata, at=name), cause, has_begun=False))
+        return name
 
     async def _take(self, data: bytes) -> None:
         if self._transfer is None:
@@ -331,10 +386,13 @@ class Form:
         self._go_on()
 
 
-def _answer(request: Request, folder: Name, stored: list[Stored]) -> None:
+def _answer(request: Request, folder: Name, stored: list[Stored], said: Answer) -> None:
     path = quote(b"/".join([b"", *(request.prepath or []), *[segment.encode() for segment in folder], b""]))
     request.setResponseCode(CREATED)
-    if wants_json(request):
+    said.amend(request)
+    if said.has_content:
+        request.finish()
+    elif wants_json(request):
         send_json(
             request,
             [

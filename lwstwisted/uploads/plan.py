@@ -9,6 +9,7 @@ from typing import Any
 
 from lwstwisted.access.rules import UNKNOWN, Action
 from lwstwisted.access.visitor import ANYBODY, Visitor, replacing_nothing
+from lwstwisted.hooks.events import Upload
 from lwstwisted.interfaces import Check, Digests, Name, UploadState
 from lwstwisted.uploads.conditions import Conditions
 from lwstwisted.web.limits import MAX_LENGTH
@@ -20,6 +21,15 @@ class Role(enum.Enum):
     FILE = "file"
     PART = "part"
     CONCATENATION = "concatenation"
+
+
+class State(enum.Enum):
+    """Where an upload is in the table of ``session.py``."""
+
+    OPEN = enum.auto()
+    WHOLE = enum.auto()
+    NAMED = enum.auto()
+    WAITING = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +47,7 @@ class Plan:
     :ivar owner: whose it is (``access/visitor.py``).
     :ivar max_size: bytes that its owner may put there.
     :ivar may_replace: whether it may replace a file.
+    :ivar metadata: what an application is told of it (``hooks/events.py``).
     """
 
     target: Name
@@ -50,6 +61,7 @@ class Plan:
     owner: str = ""
     max_size: int = MAX_LENGTH
     may_replace: bool = True
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def check(self) -> Check:
@@ -71,6 +83,13 @@ class Plan:
         may_replace = visitor.may_replace(target)
         return replace(self, owner=visitor.owner, max_size=visitor.max_size, may_replace=may_replace)
 
+    def told(self, id: str, offset: int, length: int | None, at: Name | None) -> Upload:
+        """The upload as an application is told of it.
+
+        :param at: where its bytes are.
+        """
+        return Upload(id, length, offset, self.metadata, self.role is Role.PART, self.parts, at)
+
     def is_of(self, visitor: Visitor) -> bool:
         """Whether it is a visitor's, or nobody asks."""
         return visitor is ANYBODY or self.owner == visitor.owner
@@ -89,6 +108,7 @@ def record_of(plan: Plan) -> dict[str, Any]:
         "owner": plan.owner,
         "max_size": plan.max_size,
         "may_replace": plan.may_replace,
+        "metadata": dict(plan.metadata),
     }
 
 
@@ -108,4 +128,5 @@ def plan_of(state: UploadState) -> Plan:
         owner=record.get("owner", ""),
         max_size=record.get("max_size", MAX_LENGTH),
         may_replace=record.get("may_replace", True),
+        metadata=record.get("metadata", {}),
     )

@@ -35,6 +35,7 @@ from lwstwisted.access.entrance import Entrance
 from lwstwisted.access.rules import Action
 from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import Refused
+from lwstwisted.hooks.events import Events
 from lwstwisted.interfaces import Found, IRequestBody, IStreamingResource, Name, Store
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads import rufh
@@ -68,6 +69,7 @@ class UploadResource(Resource):
     :param sessions: the resumable uploads of the store; None for a service without any.
     :param allowed_origins: pages of which other origins may begin those, such as ``https://example.org``.
     :param entrance: who may do what; everybody everything by default.
+    :param events: who is asked and told of uploads that come in one request.
     """
 
     isLeaf = True
@@ -79,11 +81,13 @@ class UploadResource(Resource):
         sessions: Sessions | None = None,
         allowed_origins: Sequence[str] = (ANY,),
         entrance: Entrance | None = None,
+        events: Events | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._store = store
         self._max_size = max_size
         self._sessions = sessions
+        self._events = events
         self._cross_origin = CrossOrigin(allowed_origins)
         self._entrance = entrance or Entrance()
         self._methods: dict[bytes, Callable[[Request, IRequestBody, Visitor], Coroutine[Any, Any, None]]] = {
@@ -130,14 +134,14 @@ class UploadResource(Resource):
         visitor.require(Action.PUT, name)
         if self._sessions is not None and rufh.begins_upload(request, body, self._sessions):
             return rufh.create(request, body, self._sessions, visitor, name)
-        return put(request, body, self._store, name, self._max_size, visitor)
+        return put(request, body, self._store, name, self._max_size, visitor, self._events)
 
     def _post(self, request: Request, body: IRequestBody, visitor: Visitor) -> Coroutine[Any, Any, None]:
         folder = parse_name((request.postpath or [])[:-1])
         visitor.require_some(Action.PUT, folder)
         if self._sessions is not None and rufh.begins_upload(request, body, self._sessions):
             return rufh.create(request, body, self._sessions, visitor, folder=folder)
-        return post_form(request, body, self._store, folder, self._max_size, visitor)
+        return post_form(request, body, self._store, folder, self._max_size, visitor, self._events)
 
     async def _delete(self, request: Request, body: IRequestBody, visitor: Visitor) -> None:
         name = parse_name(request.postpath or [])

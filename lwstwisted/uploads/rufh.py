@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ from twisted.web.server import Request
 from lwstwisted import errors
 from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import Refused
+from lwstwisted.hooks.events import metadata_of, rename_refused
 from lwstwisted.interfaces import IRequestBody, Name, Named
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.announced import media_type, require_identity, require_length
@@ -44,9 +46,9 @@ from lwstwisted.uploads.appending import Proof, content_proof
 from lwstwisted.uploads.conditions import Conditions
 from lwstwisted.uploads.digests import OF_CONTENT, OF_REPRESENTATION, expected_digests, repr_digest, wanted_digests
 from lwstwisted.uploads.disposition import decode_extended, parse_disposition
-from lwstwisted.uploads.plan import Plan, Role
+from lwstwisted.uploads.plan import Plan, Role, State
 from lwstwisted.uploads.put import answer_stored
-from lwstwisted.uploads.session import Session, Sessions, State
+from lwstwisted.uploads.session import Session, Sessions
 from lwstwisted.web.request import StreamingRequest, note_stored, note_upload
 
 RESUMPTION_SUPPORTED = 104
@@ -186,7 +188,7 @@ async def create(
     if plan.length is not None and plan.length > sessions.max_size:
         talk.say(False)
         raise Refused(errors.BODY_TOO_LARGE)
-    async with sessions.begun(plan, visitor) as session:
+    async with sessions.begun(plan, visitor, sessions.cause(request), _changed) as session:
         note_upload(request, "ietf", session.id)
         url = session.url.encode("ascii")
         talk.say(False, session)
@@ -210,7 +212,7 @@ async def head(
     """Say how far an upload is."""
     talk = _Talk(request, sessions)
     request.setHeader(b"Cache-Control", b"no-store")
-    async with sessions.opened(id, visitor) as session:
+    async with sessions.opened(id, visitor, cause=sessions.cause(request)) as session:
         if request.channel is None:
             return
         talk.say(_is_answered(session), session)
@@ -233,7 +235,7 @@ async def append(
         raise Refused(errors.NOT_A_PART, {b"Accept-Patch": PART_TYPE})
     require_identity(request)
     proof = content_proof(request)
-    async with sessions.opened(id, visitor) as session:
+    async with sessions.opened(id, visitor, cause=sessions.cause(request)) as session:
         talk.say(False, session)
         if session.plan.role is not Role.FILE:
             raise Refused(errors.CONCATENATED)
@@ -262,8 +264,8 @@ async def cancel(
 ) -> None:
     """Remove an upload."""
     _Talk(request, sessions)  # which says the version
-    async with sessions.opened(id, visitor, settle=False) as session:
-        await session.cancel()
+    async with sessions.opened(id, visitor, settle=False, cause=sessions.cause(request)) as session:
+        await session.cancel(is_wanted=True)
     if request.channel is not None:
         request.setResponseCode(NO_CONTENT)
         request.finish()
@@ -294,7 +296,14 @@ def _plan(request: Request, is_complete: bool, name: Name) -> Plan:
         digests={**wanted_digests(request), **expected},
         said={_WANTED: wanted.decode("latin-1")} if wanted else {},
         ends_at_length=False,
+        metadata=metadata_of(name, media_type(request)),
     )
+
+
+def _changed(plan: Plan, metadata: Mapping[str, str]) -> Plan:
+    """The plan for other metadata than the client's, who has said the name."""
+    rename_refused(metadata, {key: plan.metadata[key] for key in ("filename", "path") if key in plan.metadata})
+    return plan
 
 
 class _Talk:
@@ -346,6 +355,8 @@ class _Talk:
         """Answer for an upload that can go on, with how far it is."""
         self.say_limit(session)
         self.request.setHeader(b"Upload-Offset", b"%d" % session.offset)
+        if self.request.method != b"HEAD":
+            session.reporting.said.amend(self.request)
         self.request.finish()
 
     def length_from(self, body: IRequestBody, offset: int) -> int | None:
@@ -421,7 +432,7 @@ def _answer_for_file(session: Session, talk: _Talk, named: Named) -> None:
         request.setHeader(b"Content-Location", location)
     if request.method == b"POST":
         request.setHeader(b"Location", location)
-    answer_stored(request, named.created, named.etag, location)
+    answer_stored(request, named.created, named.etag, location, session.reporting.said)
 
 
 def _item(request: Request, name: bytes, kind: type) -> Any:

@@ -33,26 +33,29 @@ holder is asked to leave. What its creator may do is asked again at each request
 
 from __future__ import annotations
 
-import enum
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
-from urllib.parse import quote, urljoin, urlsplit
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from twisted.web.server import Request
 
 from lwstwisted import errors
 from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import Refused
-from lwstwisted.interfaces import IRequestBody, Name, Named, ResumableStore, StoredUpload, UploadState
+from lwstwisted.hooks.events import NO_CAUSE, Cause, Events, Upload
+from lwstwisted.interfaces import IRequestBody, Named, ResumableStore, StoredUpload, UploadState
 from lwstwisted.uploads.appending import Appending, Proof
-from lwstwisted.uploads.plan import Plan, Role, plan_of, record_of
+from lwstwisted.uploads.places import Places
+from lwstwisted.uploads.plan import Plan, Role, State, plan_of, record_of
+from lwstwisted.uploads.reporting import Reporting, place_of
 from lwstwisted.uploads.transfer import Transfer
 from lwstwisted.web.limits import MAX_LENGTH
 
@@ -72,15 +75,6 @@ ASK_AGAIN = 0.05
 _log = Logger()
 
 
-class State(enum.Enum):
-    """See the table in the docstring of this module."""
-
-    OPEN = enum.auto()
-    WHOLE = enum.auto()
-    NAMED = enum.auto()
-    WAITING = enum.auto()
-
-
 class Session:
     """An upload that one request holds; :class:`Sessions` opens it.
 
@@ -88,17 +82,19 @@ class Session:
     :ivar plan: what it is meant to be; a file without a name has its id for one.
     :ivar is_gone: whether it has been removed.
     :ivar was_named: whether it had become a file before this request.
+    :ivar reporting: what its request asks and tells.
     """
 
-    def __init__(self, sessions: Sessions, id: str, visitor: Visitor = ANYBODY) -> None:
+    def __init__(self, sessions: Sessions, id: str, visitor: Visitor, reporting: Reporting) -> None:
         self.id = id
+        self.reporting = reporting
         self._visitor = visitor
         self.plan = Plan(())
         self._sessions = sessions
         self._stored: StoredUpload | None = None
         self._transfer: Transfer | None = None
         self.is_gone = self.was_named = False
-        self._is_unwanted = False
+        self._is_unwanted = self._is_stopped = False
         self._is_released = False
         self._refused: Refused | None = None
         self._waiters: list[Deferred[None]] = []
@@ -196,6 +192,7 @@ class Session:
         part = Appending(self.stored, self._sessions.clock, proof, progress)
         transfer = self._transfer = Transfer(part, body.length, most, overrun)
         part.begin(transfer.flush)
+        end = self.reporting.receiving(self.told, lambda: transfer.received, self._stop)
         try:
             await body.deliver_to(cast(IConsumer, transfer))
             if self._ends_with(begin + transfer.received, is_last):
@@ -205,15 +202,25 @@ class Session:
         except BaseException as cut:
             cause = transfer.failure or cut
             try:
-                if proof is not None and proof.is_announced:
+                if self._is_stopped or (proof is not None and proof.is_announced):
                     raise
                 await transfer.keep()
             except BaseException:
                 await transfer.abort()
+            if self._is_stopped:
+                await self.cancel()
             raise cause from None
         finally:
             part.end()
             self._transfer = None
+            end()
+        if self.plan.role is Role.PART and self.state is State.WHOLE:
+            await self.reporting.completed(self.told)
+
+    def _stop(self, refused: Refused) -> None:
+        if self._transfer is not None:
+            self._is_stopped = True
+            self._transfer.stop(refused)
 
     async def require_nothing(self, body: IRequestBody) -> None:
         """Take the content of a request that repeats the last one; it ends with its first byte.
@@ -239,7 +246,9 @@ class Session:
         return is_whole and (is_last or self.plan.ends_at_length) and self.plan.role is Role.FILE
 
     async def _name(self) -> Named:
-        return await self.stored.name_it(self.plan.target, self.plan.check, self.plan.digests)
+        plan = self.plan
+        name_it = partial(self.stored.name_it, plan.target, plan.check, plan.digests)
+        return await self.reporting.naming(replace(self.told, at=plan.target), name_it)
 
     async def finish(self) -> Named:
         """Make it a file, if it is WHOLE and no part; say which one it is, if it is NAMED.
@@ -248,24 +257,37 @@ class Session:
             no other bytes can come.
         """
         if self.named is not None:
-            return self.named
+            return self.reporting.ended(self.named)
         assert self.state is State.WHOLE and self.plan.role is not Role.PART
         self._require_right()
         try:
             if self._refused is not None:
                 refused, self._refused = self._refused, None
                 raise refused
-            return await self._name()
+            return self.reporting.ended(await self._name())
         except Refused as refused:
             if refused.refusal is errors.DIGEST_MISMATCH:
                 await self.cancel()
             raise
 
-    async def cancel(self) -> None:
-        """Remove it; may be repeated. A file that it has become stays."""
+    async def cancel(self, is_wanted: bool = False) -> None:
+        """Remove it; may be repeated. A file that it has become stays.
+
+        :param is_wanted: whether its client wants that. Then the application may refuse it.
+        """
         if not self.is_gone:
+            told = self.told if self.named is None else None
+            if is_wanted and told:
+                await self.reporting.may_terminate(told)
             self.is_gone = True
             await self.stored.remove()
+            if told:
+                await self.reporting.terminated(told)
+
+    @property
+    def told(self) -> Upload:
+        """What is told of it."""
+        return self.plan.told(self.id, self.offset, self.length, place_of(self.id))
 
     @property
     def _max_size(self) -> int:
@@ -320,7 +342,7 @@ class Session:
             await self._waiters[-1]
 
 
-class Sessions:
+class Sessions(Places):
     """The resumable uploads of a store, for all protocols.
 
     :param store: where they live.
@@ -331,6 +353,7 @@ class Sessions:
     :param files_path: that of the files that they become.
     :param public_url: what stands in front of both where a client has to be told an absolute URL, such as
         ``https://up.example.org``; without it the URLs are paths.
+    :param events: who is asked and told of uploads.
     """
 
     def __init__(
@@ -343,38 +366,24 @@ class Sessions:
         path: str = "/uploads/",
         files_path: str = "/files/",
         public_url: str = "",
+        events: Events | None = None,
     ) -> None:
         if reactor is None:
             from twisted.internet import reactor
+        super().__init__(path, files_path, public_url)
         self.max_size = max_size
+        self._events = events
         self.clock: Any = reactor
         self._store = store
         self.lifetime = lifetime
-        self._path = path
-        self._files_path = files_path
-        self._public_url = public_url.rstrip("/")
         self._requests: dict[str, deque[Session]] = {}
         self._waiting: defaultdict[str, set[str]] = defaultdict(set)
         self._looking, self._sweeping = LoopingCall(self._look_who_waits), LoopingCall(self._sweep)
         self._looking.clock = self._sweeping.clock = self.clock
 
-    # URLs
-
-    def url_of(self, id: str) -> str:
-        """Where an upload is."""
-        return f"{self._public_url}{self._path}{id}"
-
-    def id_of(self, url: str) -> str:
-        """The id in a URL of :meth:`url_of`, absolute or not; "" if it is none."""
-        try:
-            path = urlsplit(urljoin(self.url_of(""), url)).path.removeprefix(urlsplit(self._public_url).path)
-        except ValueError:
-            return ""
-        return path.removeprefix(self._path) if path.startswith(self._path) else ""
-
-    def url_of_file(self, name: Name) -> str:
-        """Where a file is."""
-        return f"{self._public_url}{self._files_path}{'/'.join(quote(segment, safe='') for segment in name)}"
+    def cause(self, request: Request) -> Cause:
+        """What is told of a request, if anybody is told."""
+        return NO_CAUSE if self._events is None else Cause.of(request)
 
     # Life
 
@@ -392,10 +401,18 @@ class Sessions:
     # What requests ask for
 
     @asynccontextmanager
-    async def begun(self, plan: Plan, visitor: Visitor = ANYBODY) -> AsyncIterator[Session]:
+    async def begun(
+        self,
+        plan: Plan,
+        visitor: Visitor = ANYBODY,
+        cause: Cause = NO_CAUSE,
+        changed: Callable[[Plan, Mapping[str, str]], Plan] | None = None,
+    ) -> AsyncIterator[Session]:
         """Begin an upload, durably, and hold it.
 
         :param visitor: whose it is.
+        :param cause: the request that wants it.
+        :param changed: gives the plan for metadata that the application wants instead of the client's.
         :raises Refused: what the visitor may not; ``BODY_TOO_LARGE``, ``BAD_PARTS``, ``FOREIGN_PARTS``; what could not
             be named as it is planned, or has no space.
         """
@@ -404,13 +421,17 @@ class Sessions:
             raise Refused(errors.BODY_TOO_LARGE)
         for part in plan.parts:
             await self._require_part(part, visitor)
+        reporting = Reporting(self._events, cause)
+        if (metadata := (await reporting.may_create(plan.told("", 0, plan.length, None))).metadata) is not None:
+            plan = replace(changed(plan, metadata) if changed else plan, metadata=metadata).owned_by(visitor)
         name = plan.target or None
         stored = await self._store.begin_upload(record_of(plan), plan.length, self.lifetime, name, plan.check)
-        session = Session(self, stored.id, visitor)
+        session = Session(self, stored.id, visitor, reporting)
         session.hold(stored)
         self._requests[session.id] = deque([session])
         async with self._leaving(session):
             try:
+                await reporting.created(session.told)
                 await self._settle(session)
             except BaseException:
                 await session.cancel()  # nobody knows its id
@@ -438,16 +459,19 @@ class Sessions:
         return state
 
     @asynccontextmanager
-    async def opened(self, id: str, visitor: Visitor = ANYBODY, settle: bool = True) -> AsyncIterator[Session]:
+    async def opened(
+        self, id: str, visitor: Visitor = ANYBODY, settle: bool = True, cause: Cause = NO_CAUSE
+    ) -> AsyncIterator[Session]:
         """Hold an upload; whoever holds it is asked to leave.
 
         :param visitor: whose it has to be.
         :param settle: whether to do first what only waits for bytes that are there: to concatenate, to give a name.
+        :param cause: the request that wants it.
         :raises Refused: ``UPLOAD_NOT_FOUND``; ``UPLOAD_TAKEN`` if another process doesn't let go.
         """
         if visitor is not ANYBODY:
             await self.look(id, visitor)
-        session = Session(self, id, visitor)
+        session = Session(self, id, visitor, Reporting(self._events, cause))
         requests = self._requests.setdefault(id, deque())
         earlier = list(requests)
         requests.append(session)

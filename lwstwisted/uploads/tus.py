@@ -20,9 +20,10 @@ back, while those of any other request count as they come: if some do and are wr
 from __future__ import annotations
 
 import re
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from binascii import Error as NotBase64
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from twisted.web.http import CREATED, NO_CONTENT, OK, datetimeToString
@@ -31,14 +32,15 @@ from twisted.web.server import Request
 from lwstwisted import errors
 from lwstwisted.access.visitor import ANYBODY, Visitor
 from lwstwisted.errors import Refusal, Refused
+from lwstwisted.hooks.events import NO_WISHES, Answer
 from lwstwisted.interfaces import IRequestBody, Name, UploadState
 from lwstwisted.stores.names import parse_name
 from lwstwisted.uploads.announced import media_type, require_identity
 from lwstwisted.uploads.appending import Proof, content_proof
 from lwstwisted.uploads.conditions import Conditions
 from lwstwisted.uploads.digests import OF_REPRESENTATION, expected_digests
-from lwstwisted.uploads.plan import Plan, Role
-from lwstwisted.uploads.session import Session, Sessions, State
+from lwstwisted.uploads.plan import Plan, Role, State
+from lwstwisted.uploads.session import Session, Sessions
 from lwstwisted.web.limits import MAX_LENGTH
 from lwstwisted.web.request import note_stored, note_upload
 
@@ -155,7 +157,7 @@ async def create(request: Request, body: IRequestBody, sessions: Sessions, visit
     if has_content and plan.role is Role.CONCATENATION:
         raise Refused(errors.CONCATENATED)
     proof = _require_content(request, body) if has_content else None
-    async with sessions.begun(plan, visitor) as session:
+    async with sessions.begun(plan, visitor, sessions.cause(request), _changed) as session:
         note_upload(request, "tus", session.id)
         try:
             if has_content:
@@ -167,7 +169,7 @@ async def create(request: Request, body: IRequestBody, sessions: Sessions, visit
         request.setHeader(b"Location", session.url.encode("ascii"))
         if _is_appending(request):
             request.setHeader(b"Upload-Offset", b"%d" % session.offset)
-    _answer(request, CREATED)
+    _answer(request, CREATED, session.reporting.said)
 
 
 async def head(
@@ -178,7 +180,7 @@ async def head(
     :raises Refused: ``UPLOAD_NOT_FOUND``; and what is in the way of an upload that is whole.
     """
     request.setHeader(b"Cache-Control", b"no-store")
-    async with sessions.opened(id, visitor) as session:
+    async with sessions.opened(id, visitor, cause=sessions.cause(request)) as session:
         plan = session.plan
         if session.state is not State.WAITING:
             request.setHeader(b"Upload-Offset", b"%d" % session.offset)
@@ -209,7 +211,7 @@ async def append(
     except Refused:
         _tell_expiry(request, await sessions.look(id, visitor))
         raise
-    async with sessions.opened(id, visitor) as session:
+    async with sessions.opened(id, visitor, cause=sessions.cause(request)) as session:
         _tell_expiry(request, session.stored.state)
         if session.plan.role is Role.CONCATENATION:
             raise Refused(errors.CONCATENATED)
@@ -232,7 +234,7 @@ async def append(
                 raise
         await _finish(request, session, sessions)
         request.setHeader(b"Upload-Offset", b"%d" % session.offset)
-    _answer(request, NO_CONTENT)
+    _answer(request, NO_CONTENT, session.reporting.said)
 
 
 async def cancel(
@@ -242,8 +244,8 @@ async def cancel(
 
     :raises Refused: ``UPLOAD_NOT_FOUND``.
     """
-    async with sessions.opened(id, visitor, settle=False) as session:
-        await session.cancel()
+    async with sessions.opened(id, visitor, settle=False, cause=sessions.cause(request)) as session:
+        await session.cancel(is_wanted=True)
     _answer(request, NO_CONTENT)
 
 
@@ -265,7 +267,8 @@ def _plan_of(request: Request, sessions: Sessions) -> Plan:
     if (length is not None) + (deferred is not None) != (role is not Role.CONCATENATION):
         raise Refused(errors.BAD_UPLOAD_FIELD)
     metadata = _field(request, b"upload-metadata") or None
-    target = _target_of(parse_metadata(metadata or ""))
+    found = parse_metadata(metadata or "")
+    target = _target_of(found)
     said = {"Upload-Metadata": metadata, "Upload-Concat": concat}
     return Plan(
         target=() if role is Role.PART else target,
@@ -275,7 +278,15 @@ def _plan_of(request: Request, sessions: Sessions) -> Plan:
         role=role,
         parts=parts,
         said={name: value for name, value in said.items() if value is not None},
+        metadata={key: value.decode("utf-8", "replace") for key, value in found.items()},
     )
+
+
+def _changed(plan: Plan, metadata: Mapping[str, str]) -> Plan:
+    """The plan for other metadata than the client's."""
+    text = ",".join(f"{key} {b64encode(value.encode()).decode()}".rstrip() for key, value in metadata.items())
+    target = () if plan.role is Role.PART else _target_of(parse_metadata(text))
+    return replace(plan, target=target, said={**plan.said, "Upload-Metadata": text})
 
 
 def _parts_of(concat: str, sessions: Sessions) -> tuple[str, ...]:
@@ -408,10 +419,11 @@ def _tell_expiry(request: Request, state: UploadState) -> None:
         request.setHeader(b"Upload-Expires", datetimeToString(state.expires))
 
 
-def _answer(request: Request, status: int) -> None:
+def _answer(request: Request, status: int, said: Answer = NO_WISHES) -> None:
     if request.channel is None:
         return  # the client left meanwhile
     request.setResponseCode(status)
     if status != NO_CONTENT:
         request.setHeader(b"Content-Length", b"0")
+    said.amend(request)
     request.finish()
