@@ -257,7 +257,7 @@ def soak(folder: Path, seconds: float) -> Report:
     context = ssl.create_default_context(cafile=str(certificate))
     options = ["--listen", tls_endpoint(certificate), "--listen", "tcp:0", "--limit", "connections-per-address=0"]
     log = folder / "access.log"
-    command = [script("lwstwisted"), "serve", "--root", folder / "root", "--access-log", log, *options]
+    command = [script("lwstwisted"), "serve", "--anonymous", "--root", folder / "root", "--access-log", log, *options]
     with serving(command, cwd=folder) as server:
         tls, plain = server.wait_for_ports(2)
         clients = [

@@ -121,7 +121,7 @@ def run(files: int, size: int) -> Traffic:
         root = Path(folder) / "root"
         endpoint = f"tcp:0:interface={SERVER}"
         enter = ["ip", "netns", "exec"]
-        serve = [*enter, servers, script("lwstwisted"), "serve", "--root", root, "--listen", endpoint]
+        serve = [*enter, servers, script("lwstwisted"), "serve", "--anonymous", "--root", root, "--listen", endpoint]
         with serving(serve, cwd=Path(folder)) as server:
             (port,) = server.wait_for_ports()
             program = [sys.executable, "-m", "tests.test_bad_network", "--port", str(port), str(files), str(size)]

@@ -140,7 +140,7 @@ class ServiceTests(ClockCase):
         data = write_sample(self.folder / "data", (1 + len(STEPS)) * MIB).read_bytes()
         pieces = [data[start : start + MIB] for start in range(0, len(data), MIB)]
         port = free_port()
-        command = [script("lwstwisted"), "serve", "--root", self.root, "--port", str(port)]
+        command = [script("lwstwisted"), "serve", "--anonymous", "--root", self.root, "--port", str(port)]
         with serving(command, cwd=self.folder, environment=self.clock.environment) as server:
             server.wait_for_ports()
             self.certificate = self.root / ".lwstwisted" / "development.pem"

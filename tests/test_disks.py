@@ -171,7 +171,7 @@ class DiskCase(SynchronousTestCase):
         self.mount("-t", "tmpfs", "-o", options, "lwstwisted")
 
     def serve(self) -> tuple[Server, int]:
-        command = [script("lwstwisted"), "serve", "--root", self.root, "--listen", "tcp:0"]
+        command = [script("lwstwisted"), "serve", "--anonymous", "--root", self.root, "--listen", "tcp:0"]
         server = self.enterContext(serving(command, cwd=self.folder))
         (port,) = server.wait_for_ports()
         self.assertEqual(status_of(port), 200)
@@ -345,7 +345,8 @@ class SlowDiskTests(DiskCase):
         log = self.folder / "strace"
         trace = ["strace", "-D", "-q", "-f", "--seccomp-bpf", "-o", log, "-e", "trace=pwrite64"]
         trace += ["-e", f"inject=pwrite64:delay_enter={int(self.DELAY * 1e6)}"]
-        service = [sys.executable, "-c", TELLING, "serve", "--root", self.root, "--listen", "tcp:0", "-d", "none"]
+        service = [sys.executable, "-c", TELLING, "serve", "--anonymous", "--root", self.root]
+        service += ["--listen", "tcp:0", "-d", "none"]
         server = self.enterContext(serving([*trace, *service], cwd=self.folder))
         try:
             (port,) = server.wait_for_ports()

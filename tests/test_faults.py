@@ -133,7 +133,7 @@ class FaultCase(SynchronousTestCase):
     @contextmanager
     def served(self, *command: str | Path) -> Iterator[tuple[Server, int]]:
         """A service on the tree, and its port."""
-        options = ("--root", self.root, "--listen", "tcp:0")
+        options = ("--root", self.root, "--listen", "tcp:0", "--anonymous", "--drain-time", "1")
         with serving([*command, *options], cwd=self.folder) as server:
             (port,) = server.wait_for_ports()
             # The threads of the store begin when they are wanted: first the one that reads, then the one that writes.

@@ -137,7 +137,8 @@ class ServiceCase(SynchronousTestCase):
 
     def serve(self) -> tuple[Server, int]:
         log = self.folder / "access.log"
-        command = [script("lwstwisted"), "serve", "--root", self.root, "--listen", "tcp:0", "-d", "none", "-a", log]
+        command = [script("lwstwisted"), "serve", "--anonymous", "--root", self.root]
+        command += ["--listen", "tcp:0", "-d", "none", "-a", log]
         server = self.enterContext(serving(command, cwd=self.folder))
         (port,) = server.wait_for_ports()
         return server, port
