@@ -31,7 +31,7 @@ test: $(INSTALLED_TEST) lint  ## linter, type checks and all tests, by pytest an
 	@tests/clients/install-npm.sh
 	@tests/install-sslyze.sh
 	$(BIN)/python -m pytest
-	$(BIN)/python -W error -W "$(TWISTED_WARNS)" -m twisted.trial --reactor=lws tests
+	SOAK_SECONDS=15 $(BIN)/python -W error -W "$(TWISTED_WARNS)" -m twisted.trial --reactor=lws tests
 
 quick: $(INSTALLED_TEST)  ## the fast tests only, up to the first failure
 	$(BIN)/python -m pytest -q -x -m "not slow"

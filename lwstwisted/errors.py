@@ -158,6 +158,18 @@ DIGEST_MISMATCH = Refusal(
     "digest_mismatch", 400, "The body is not what its digest field says; it was damaged on its way, so send it again."
 )
 
+# Hooks.
+HOOK_REJECTED = Refusal("hook_rejected", 400, "The application behind this server has rejected the upload.")
+HOOK_STOPPED = Refusal("hook_stopped", 400, "The application behind this server has stopped the upload.")
+HOOK_KEPT = Refusal("hook_kept", 400, "The application behind this server wants the upload to stay.")
+HOOK_FAILED = Refusal("hook_failed", 500, "The application behind this server had no sensible answer about the upload.")
+HOOK_UNREACHABLE = Refusal(
+    "hook_unreachable", 503, "The application behind this server can't be asked about uploads now; try again later."
+)
+HOOKS_BEHIND = Refusal(
+    "hooks_behind", 503, "Too many uploads wait for being reported to the application behind this server; try later."
+)
+
 # Forms (RFC 7578). BAD_FORM, above, is their framing error.
 NOT_A_FORM = Refusal(
     "not_a_form", 415, "POST takes forms of the type multipart/form-data; send a single file with PUT."

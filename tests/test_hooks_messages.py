@@ -9,8 +9,9 @@ from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.http_headers import Headers
 
+from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.hooks.events import REJECTED, Answer, Cause, Upload, rename_refused
+from lwstwisted.hooks.events import Answer, Cause, Upload, rename_refused
 from lwstwisted.hooks.messages import message, response, without_secrets
 from lwstwisted.hooks.names import Hook
 
@@ -189,7 +190,7 @@ class ResponseTests(SynchronousTestCase):
     def test_framing_stays_ours(self) -> None:
         """A hook can't say where an answer ends."""
         answer = Answer(400, "no", {"Content-Length": "5", "transfer-encoding": "chunked", "X-Why": "because"})
-        refused = answer.refusing(REJECTED)
+        refused = answer.refusing(errors.HOOK_REJECTED)
         self.assertEqual(dict(refused.headers), {b"X-Why": b"because"})
         said = refused.refusal
         self.assertEqual((said.code, said.status, said.sentence), ("hook_rejected", 400, "no"))

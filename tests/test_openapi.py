@@ -61,9 +61,14 @@ ELSEWHERE = {
         ),
         "tests/test_access_protocols.py, where there are rules",
     ),
+    **dict.fromkeys(
+        ("hook_rejected", "hook_stopped", "hook_kept", "hook_failed", "hook_unreachable", "hooks_behind"),
+        "tests/test_hooks_service.py, where there are hooks",
+    ),
 }
 """Refusals that no request alone brings about."""
 
+TELLING = ["hooks/telling.py", "hooks/events.py"]
 ACCESS = [f"access/{name}.py" for name in ("admission", "credentials", "hosts", "signing", "slowdown", "visitor")]
 
 
@@ -134,9 +139,9 @@ class DocumentTests(SynchronousTestCase):
         web = [f"web/{name}.py" for name in ("answers", "channel", "wire")]
         stores = [f"stores/{name}.py" for name in ("names", "space", "tree", "threads", "batch", "local")]
         shared = [f"uploads/{name}.py" for name in ("announced", "conditions", "digests", "origin", "transfer")]
-        below = [*web, *stores, *shared, *ACCESS]
+        below = [*web, *stores, *shared, *ACCESS, *TELLING]
         # Known methods are understood, files that are looked for are not stored, and a channel parses forms for others.
-        not_met = {"unknown_method", "not_found"}
+        not_met = {"unknown_method", "not_found", "hook_kept"}
         resumed = {"content_range", "length_mismatch", "upload_overrun", "upload_taken"}
         self.assertEqual(resumed - mentioned("uploads/rufh.py", "uploads/session.py"), set())
         put = mentioned("uploads/put.py", *below) - not_met - {"bad_form"} | resumed
@@ -153,7 +158,7 @@ class DocumentTests(SynchronousTestCase):
         stores = ("names", "space", "tree", "threads", "placing", "record", "resumable")
         below += [f"stores/{name}.py" for name in stores]
         shared = ("announced", "conditions", "digests", "origin", "cors", "transfer", "session", "resumable")
-        below += [*(f"uploads/{name}.py" for name in (*shared, "tus", "rufh")), *ACCESS]
+        below += [*(f"uploads/{name}.py" for name in (*shared, "tus", "rufh")), *ACCESS, *TELLING]
         operations = described(self.document)
         found = [codes_of(answers) for (_, path), answers in operations.items() if path.startswith("/uploads/")]
         not_met = {"unknown_method", "method_not_allowed", "not_found", "bad_form"}

@@ -25,19 +25,9 @@ from twisted.logger import Logger
 from twisted.web.http import NO_CONTENT, NOT_MODIFIED
 from twisted.web.server import Request
 
+from lwstwisted import errors
 from lwstwisted.errors import Refusal, Refused
 from lwstwisted.interfaces import Name
-
-REJECTED = Refusal("hook_rejected", 400, "The application behind this server has rejected the upload.")
-STOPPED = Refusal("hook_stopped", 400, "The application behind this server has stopped the upload.")
-KEPT = Refusal("hook_kept", 400, "The application behind this server wants the upload to stay.")
-HOOK_FAILED = Refusal("hook_failed", 500, "The application behind this server had no sensible answer about the upload.")
-HOOK_UNREACHABLE = Refusal(
-    "hook_unreachable", 503, "The application behind this server can't be asked about uploads now; try again later."
-)
-HOOKS_BEHIND = Refusal(
-    "hooks_behind", 503, "Too many uploads wait for being reported to the application behind this server; try later."
-)
 
 FRAMING = frozenset({"connection", "content-length", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"})
 """Fields that say where an answer ends; only who sends it may set them."""
@@ -247,7 +237,7 @@ def rename_refused(hook_said: Mapping[str, str], names: Mapping[str, str]) -> No
     for key, name in names.items():
         if hook_said.get(key, name) != name:
             _log.error("hook pre-create wants {key!r} to be changed, but the URL says it", key=key)
-            raise Refused(HOOK_FAILED)
+            raise Refused(errors.HOOK_FAILED)
 
 
 def new_id() -> str:

@@ -28,7 +28,6 @@ from twisted.python.threadpool import ThreadPool
 
 from lwstwisted import errors
 from lwstwisted.errors import Refused
-from lwstwisted.hooks import events
 from lwstwisted.hooks.delivery import LONGEST, Delivery
 from lwstwisted.hooks.events import Answer, Cause, Finishing, Upload
 from lwstwisted.hooks.messages import Response, message, response, without_secrets
@@ -114,20 +113,20 @@ class Telling:
     async def may_create(self, upload: Upload, cause: Cause) -> Answer:
         """See :class:`~lwstwisted.hooks.events.Events`."""
         if self.delivery.waiting >= self._most_waiting:
-            raise Refused(events.HOOKS_BEHIND, {b"Retry-After": b"60"})
+            raise Refused(errors.HOOKS_BEHIND, {b"Retry-After": b"60"})
         said = await self._ask(Hook.PRE_CREATE, upload, cause)
         if said.rejects:
-            raise said.answer.refusing(events.REJECTED)
+            raise said.answer.refusing(errors.HOOK_REJECTED)
         if said.unfit:
             self._blame(Hook.PRE_CREATE, upload, f"it wants what can't be had: {', '.join(said.unfit)}")
-            raise Refused(events.HOOK_FAILED)
+            raise Refused(errors.HOOK_FAILED)
         return said.answer
 
     async def may_terminate(self, upload: Upload, cause: Cause) -> None:
         """See :class:`~lwstwisted.hooks.events.Events`."""
         said = await self._ask(Hook.PRE_TERMINATE, upload, cause)
         if said.keeps:
-            raise said.answer.refusing(events.KEPT)
+            raise said.answer.refusing(errors.HOOK_KEPT)
 
     async def _ask(self, hook: Hook, upload: Upload, cause: Cause) -> Response:
         if not self.wants(hook):
@@ -138,10 +137,10 @@ class Telling:
             return response(content) if content else Response()
         except Unreachable as error:
             self._blame(hook, upload, str(error))
-            raise Refused(events.HOOK_UNREACHABLE, {b"Retry-After": b"5"}) from None
+            raise Refused(errors.HOOK_UNREACHABLE, {b"Retry-After": b"5"}) from None
         except (Unfit, ValueError) as error:
             self._blame(hook, upload, str(error))
-            raise Refused(events.HOOK_FAILED) from None
+            raise Refused(errors.HOOK_FAILED) from None
 
     def _blame(self, hook: Hook, upload: Upload, why: str) -> None:
         _log.error("hook {hook} of upload {upload} failed: {why}", hook=hook.value, upload=upload.id or "-", why=why)
@@ -316,7 +315,7 @@ class _Receiving:
             self._is_telling = False
         if said is not None and said.stops and not self._is_over:
             self._is_over = True
-            self._stop(said.answer.refusing(events.STOPPED))
+            self._stop(said.answer.refusing(errors.HOOK_STOPPED))
         elif self._is_over and self._has_more:
             self.look()
 
