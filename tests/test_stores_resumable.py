@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -597,6 +598,27 @@ class ReadingTests(LocalCase):
         os.unlink(self.root / ".lwstwisted" / "uploads" / ids[1])
         await store.sweep_uploads()
         assert ids[1].encode() not in store._records._known
+
+    async def test_files_are_not_remembered(self) -> None:
+        """What has become a file costs a sweep neither a look into its record nor memory, until it has expired."""
+        store = self.make_store(durability="none")
+        kept, expired = await uploaded(store, b"123", 3), await store.begin_upload({}, 3, 1)
+        await expired.commit(memoryview(b"123"))
+        for upload in (kept, expired):
+            await upload.name_it((upload.id,))
+            await upload.release()
+        path = self.root / ".lwstwisted" / "uploads"
+        os.utime(path / expired.id, (0, 0))  # as it has no other time after a crash behind the name
+        now = time.time()
+        self.patch(waiting, "_now", lambda: now + 60)
+        with traced("-e", "trace=openat") as lines:
+            assert await store.sweep_uploads() == 1
+        assert [line for line in lines if f'"{kept.id}"' in line] == []
+        assert os.listdir(path) == [kept.id]
+        assert kept.id.encode() not in store._records._known
+        self.patch(waiting, "_now", lambda: now + 2 * DAY)
+        assert await store.sweep_uploads() == 1
+        assert os.listdir(path) == []
 
     async def test_changes_in_one_tick(self) -> None:
         """A record that was read just when it was written is read again: its time says nothing of what came behind."""

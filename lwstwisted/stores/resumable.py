@@ -419,6 +419,8 @@ class UploadFile:
         self._note(replace(self.state, named=named, offset=self._end, length=length), has_changed=True)
         with suppress(OSError, Refused), self._tree.folder(UPLOAD_FOLDER) as folder:
             os.unlink(data_name(self.id), dir_fd=folder)
+        with suppress(OSError):  # for who sweeps, who else has to read the record
+            os.utime(self._record, (self.state.expires, self.state.expires))
         data, self._data = self._data, -1
         os.close(data)
 

@@ -49,6 +49,13 @@ def _is_over(state: UploadState, data: os.stat_result | None) -> bool:
     return _is_lost(state, data) or state.expires < _now()
 
 
+def _is_kept(id: bytes, folder: int) -> bool:
+    """Whether a record says by its time alone that its upload is a file and hasn't expired (``UploadFile._end_as``)."""
+    with suppress(FileNotFoundError):
+        return os.lstat(id, dir_fd=folder).st_mtime > _now()
+    return True
+
+
 @contextmanager
 def _seen(tree: Tree, id: bytes) -> Iterator[tuple[int, int]]:
     """Descriptors of a record, and of the folder of all."""
@@ -80,9 +87,10 @@ def ids(tree: Tree) -> list[bytes]:
 
 
 class Records:
-    """What all records say. Each is read when it is asked for, and once more when it has changed.
+    """What the records say. Each is read when it is asked for, and once more when it has changed.
 
     The start needs them to count the bytes, to find concatenations and for the first sweep, and each later sweep again.
+    Those of uploads that have become files are neither read nor remembered until they expire: they are the most by far.
     """
 
     def __init__(self, tree: Tree) -> None:
@@ -92,10 +100,16 @@ class Records:
         self.stopping = False
 
     def states(self) -> list[tuple[bytes, UploadState]]:
-        """The ids of all uploads, and what they are; of their records only ``parts``."""
+        """The ids of uploads and what they are, less files that are to be kept; of their records only ``parts``."""
         # One thread reads, and the other one then finds that it has been done.
         with self._reading, self._tree.folder(UPLOAD_FOLDER) as folder:
-            found = [(id, self._state(id, folder)) for id in ids(self._tree)]
+            names = set(map(os.fsencode, os.listdir(folder)))
+            looked_at = [
+                id
+                for id in sorted(names)
+                if OWN_NAME.fullmatch(id) and (data_name(id) in names or not _is_kept(id, folder))
+            ]
+            found = [(id, self._state(id, folder)) for id in looked_at]
             states = [(id, state) for id, state in found if state is not None]
             if len(self._known) > len(states):
                 there = {id for id, _ in states}
