@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from unittest import TestCase
 
 TABLE = Path(__file__).parent.parent / "docs" / "conformance.md"
-MODULES = ("tests.test_uploads_tus", "tests.test_uploads_rufh")
+MODULES = ("tests.test_uploads_tus", "tests.test_uploads_rufh", "tests.test_access_protocols")
 LEVELS = {"MUST": "M", "SHOULD": "S", "MAY": "O", "-": ""}
 """How strongly something is wanted, as RFC 2119 has it, and the letter of that in :data:`SENTENCES`."""
 SPECS = {
@@ -103,7 +103,6 @@ LEFT_OUT = {
     ("rufh", "4.1.4", 14): "not all resources can begin an upload, so OPTIONS * says nothing of limits",
     ("rufh", "4.1.4", 15): "there is always a limit of time",
     ("rufh", "4.6", 7): "the previous request is told, by 409",
-    ("rufh", "13", 1): "who knows the URI is authorized; there are no users here",
     ("rufh", "13", 5): "nothing looks for harm in what is uploaded",
 }
 """What no test is for, and why."""

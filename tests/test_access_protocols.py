@@ -20,6 +20,7 @@ import pytest
 from twisted.trial.unittest import SynchronousTestCase
 
 from lwstwisted.access.signing import make_grant
+from tests.conformance import requires
 from tests.servers import PATIENCE, script, serving, twistd, visible_beneath
 
 KEY = bytes(range(32))
@@ -346,6 +347,7 @@ class OwnerTests(AccessCase):
     def append(self, url: str, user: str, data: bytes = b"data") -> int:
         return self.ask("PATCH", url, data, APPEND, {"Upload-Offset": "0"}, token(user)).status
 
+    @requires("rufh", "13", "SHOULD", "Only who began an upload has access to it.", 1)
     def test_nobody_else_has_it(self) -> None:
         """To others it isn't there, whatever they may do with files, by each method of both protocols."""
         url = self.begin("putter")
