@@ -5,6 +5,7 @@ What is large is imported by the options that need it: ``lwstwisted --help`` is 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from twisted.python.usage import UsageError
@@ -33,7 +34,10 @@ class AccessOptions:
 
         kind, _, argument = description.partition(":")
         try:
-            checker: Any = makeChecker(description)
+            with warnings.catch_warnings():
+                # Twisted looks at all checkers that there are, and some of its own import what Python gives up (spwd).
+                warnings.simplefilter("ignore", DeprecationWarning)
+                checker: Any = makeChecker(description)
         except InvalidAuthType:
             raise UsageError(f"--auth {kind}: there is no such checker; take htpasswd:PATH or tokens:PATH") from None
         except OSError as error:
