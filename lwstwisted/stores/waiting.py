@@ -52,7 +52,7 @@ def _is_over(state: UploadState, data: os.stat_result | None) -> bool:
 def _is_kept(id: bytes, folder: int) -> bool:
     """Whether a record says by its time alone that its upload is a file and hasn't expired (``UploadFile._end_as``)."""
     with suppress(FileNotFoundError):
-        return os.lstat(id, dir_fd=folder).st_mtime > _now()
+        return os.lstat(id, dir_fd=folder).st_mtime > _now() and _status(id, folder) is None
     return True
 
 
@@ -80,6 +80,13 @@ def look(tree: Tree, id: bytes) -> UploadState:
     raise Refused(errors.UPLOAD_NOT_FOUND)
 
 
+def _names(folder: int) -> Iterator[bytes]:
+    """What is in a folder, one after the other: there may be very many."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            yield os.fsencode(entry.name)
+
+
 def ids(tree: Tree) -> list[bytes]:
     """The ids of all uploads."""
     with tree.folder(UPLOAD_FOLDER) as folder:
@@ -103,13 +110,8 @@ class Records:
         """The ids of uploads and what they are, less files that are to be kept; of their records only ``parts``."""
         # One thread reads, and the other one then finds that it has been done.
         with self._reading, self._tree.folder(UPLOAD_FOLDER) as folder:
-            names = set(map(os.fsencode, os.listdir(folder)))
-            looked_at = [
-                id
-                for id in sorted(names)
-                if OWN_NAME.fullmatch(id) and (data_name(id) in names or not _is_kept(id, folder))
-            ]
-            found = [(id, self._state(id, folder)) for id in looked_at]
+            left = sorted(id for id in _names(folder) if OWN_NAME.fullmatch(id) and not _is_kept(id, folder))
+            found = [(id, self._state(id, folder)) for id in left]
             states = [(id, state) for id, state in found if state is not None]
             if len(self._known) > len(states):
                 there = {id for id, _ in states}
@@ -250,8 +252,7 @@ def sweep_one(tree: Tree, id: bytes) -> bool:
 def orphans(tree: Tree) -> list[bytes]:
     """The names of bytes without a record, which comes first and goes first."""
     with tree.folder(UPLOAD_FOLDER) as folder:
-        names = [os.fsencode(name) for name in os.listdir(folder)]
-        found = [name for name in names if OWN_NAME.fullmatch(name[:-5]) and name == data_name(name[:-5])]
+        found = [name for name in _names(folder) if OWN_NAME.fullmatch(name[:-5]) and name == data_name(name[:-5])]
         return [name for name in found if not os.path.lexists(b"/proc/self/fd/%d/%b" % (folder, name[:-5]))]
 
 
