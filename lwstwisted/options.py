@@ -14,10 +14,11 @@ from typing import Any
 
 from twisted.python.usage import UsageError
 
+from lwstwisted.access.exposure import WRAPPERS
 from lwstwisted.access.options import AccessOptions
 from lwstwisted.config import Configurable
 from lwstwisted.hooks.options import HookOptions
-from lwstwisted.tls.options import HTTPS, TLSOptions
+from lwstwisted.tls.options import TLSOptions
 from lwstwisted.web.limits import DEFAULT_LIMITS, MAX_LENGTH, Limits
 
 DEFAULT_PORT = 8443
@@ -40,8 +41,6 @@ _SECONDS = {"m": 60, "": 3600, "h": 3600, "d": 24 * 3600}
 _ORIGIN = re.compile(r"https?://(?:[0-9A-Za-z.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?", re.IGNORECASE)
 _PUBLIC = re.compile(_ORIGIN.pattern + r"(?:/[0-9A-Za-z._~-]+)*", re.IGNORECASE)
 _SIZE = re.compile(r"([0-9]+)([KMGT]?)", re.IGNORECASE)
-_WRAPPERS = (HTTPS, "haproxy:")
-"""What stands in front of another description, and listens on that."""
 _LOOPBACK = {"tcp": "127.0.0.1", "ssl": "127.0.0.1", "tcp6": "::1", "tls": "::1"}
 _BEFORE_BACKLOG = {"tcp": 3, "ssl": 2, "tcp6": 2, "tls": 3, "unix": 2}
 """How many fields there may be by position, the kind included, in front of one that would be the backlog."""
@@ -226,7 +225,7 @@ def on_loopback(description: str) -> str:
 
     :param description: a server endpoint description.
     """
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPERS:
         if description.startswith(wrapper):
             return wrapper + on_loopback(description.removeprefix(wrapper))
     fields = _FIELD_END.split(description)
@@ -244,7 +243,7 @@ def with_backlog(description: str) -> str:
 
     :param description: a server endpoint description.
     """
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPERS:
         if description.startswith(wrapper):
             return wrapper + with_backlog(description.removeprefix(wrapper))
     fields = _FIELD_END.split(description)

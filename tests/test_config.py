@@ -20,17 +20,12 @@ from lwstwisted.config import Configurable, Mistakes
 from lwstwisted.options import Options
 from lwstwisted.web.limits import DEFAULT_LIMITS, Limits
 from tests.servers import PATIENCE, serving, twistd
+from tests.test_service import parsed
 
 TOP = Path(__file__).resolve().parent.parent
 ETC = TOP / "etc"
 HERE = {"PYTHONPATH": str(TOP)}
 COMMAND = [sys.executable, "-m", "lwstwisted"]
-
-
-def parsed(*words: str) -> Options:
-    options = Options()
-    options.parseOptions(words)
-    return options
 
 
 class FileTestCase(SynchronousTestCase):

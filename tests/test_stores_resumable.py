@@ -290,7 +290,7 @@ class FaultCase(LocalCase):
         try:
             with Fate(0, is_death=False).ruling(MODULES):
                 own = Tree(root, "full", use_tmpfile)
-            usage = own.usage(lambda: own.count_bytes() + waiting.space_taken(own), QUOTA)
+            usage = own.usage(lambda: own.count_bytes() + waiting.Records(own).space_taken(), QUOTA)
             own.space = Space(own.partial, 0, usage)
             yield own
         finally:
@@ -369,7 +369,7 @@ class FaultCase(LocalCase):
                 case += (fate.hit, vars(life))
                 assert open_beneath(root) == idle, case
                 assert (own.failure is not None) == (fate.hit == "fsync"), case
-                waiting.sweep(own)
+                waiting.Records(own).sweep()
                 visible = {path: data for path, data in tree_of(root).items() if data is not None}
                 name = b"/".join(life.path).decode()
                 assert visible == {"replaced": b"old", **({} if life.is_cancelled else {name: DATA})}, case

@@ -24,20 +24,15 @@ from twisted.internet.threads import deferToThread
 from twisted.python.usage import UsageError
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
-from lwstwisted.options import Options, on_loopback, with_backlog
+from lwstwisted.options import on_loopback, with_backlog
 from lwstwisted.service import makeService
 from tests.servers import PATIENCE, Server, digest, free_port, script, serving, twistd, write_sample
 from tests.test_end_to_end import HAND_OVER
+from tests.test_service import parsed
 from tests.tls_authority import DAY, FOR_SERVERS, Pair, authority, issue, keep, rsa_key, s_client
 
 ROOT = Path(__file__).resolve().parent.parent
 SSLYZE = shutil.which("sslyze") or str(ROOT / ".venv" / "sslyze" / "bin" / "sslyze")
-
-
-def parsed(*words: str) -> Options:
-    options = Options()
-    options.parseOptions(words)  # type: ignore[no-untyped-call]
-    return options
 
 
 def host(key: Any = None) -> Pair:

@@ -12,7 +12,9 @@ from ipaddress import ip_address
 
 from twisted.python.systemd import ListenFDs
 
-_WRAPPED = ("haproxy:", "https:")
+from lwstwisted.tls.options import HTTPS
+
+WRAPPERS = (HTTPS, "haproxy:")
 """What stands in front of another description, and listens on that."""
 _END = re.compile(r"(?<!\\):")
 _ESCAPED = re.compile(r"\\(.)")
@@ -41,7 +43,7 @@ def loopback_names(descriptions: Iterable[str], environment: Mapping[str, str] |
 
 def _bound_to(description: str, environment: Mapping[str, str] | None) -> str | None:
     """The loopback address of a listener, "" for a UNIX socket; None for any other one."""
-    for prefix in _WRAPPED:
+    for prefix in WRAPPERS:
         if description.startswith(prefix):
             return _bound_to(description.removeprefix(prefix), environment)
     kind, *fields = _END.split(description)

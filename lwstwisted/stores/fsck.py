@@ -81,7 +81,7 @@ def sweep(root: Path, *, dry_run: bool) -> Iterator[tuple[str, UploadState]]:
             if dry_run or waiting.sweep_one(tree, id):
                 yield id.decode(), state
         if not dry_run:
-            waiting.sweep(tree)
+            waiting.Records(tree).sweep()
     finally:
         tree.close()
 
@@ -92,7 +92,7 @@ def _opened(root: Path) -> Tree:
     tree = Tree(root, "full", use_tmpfile=False, sweep=False)
     try:
         if (root / STATE_FOLDER / "usage").exists():  # somebody has a quota, and what is removed here counts no more
-            usage = tree.usage(lambda: tree.count_bytes() + waiting.space_taken(tree), _NO_QUOTA)
+            usage = tree.usage(lambda: tree.count_bytes() + waiting.Records(tree).space_taken(), _NO_QUOTA)
             tree.space = Space(tree.partial, 0, usage)
     except BaseException:
         tree.close()

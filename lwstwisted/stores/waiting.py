@@ -87,10 +87,14 @@ def _names(folder: int) -> Iterator[bytes]:
             yield os.fsencode(entry.name)
 
 
+def _ids(folder: int) -> Iterator[bytes]:
+    return (name for name in _names(folder) if OWN_NAME.fullmatch(name))
+
+
 def ids(tree: Tree) -> list[bytes]:
     """The ids of all uploads."""
     with tree.folder(UPLOAD_FOLDER) as folder:
-        return sorted(name for name in map(os.fsencode, os.listdir(folder)) if OWN_NAME.fullmatch(name))
+        return sorted(_ids(folder))
 
 
 class Records:
@@ -110,7 +114,7 @@ class Records:
         """The ids of uploads and what they are, less files that are to be kept; of their records only ``parts``."""
         # One thread reads, and the other one then finds that it has been done.
         with self._reading, self._tree.folder(UPLOAD_FOLDER) as folder:
-            left = sorted(id for id in _names(folder) if OWN_NAME.fullmatch(id) and not _is_kept(id, folder))
+            left = sorted(id for id in _ids(folder) if not _is_kept(id, folder))
             found = [(id, self._state(id, folder)) for id in left]
             states = [(id, state) for id, state in found if state is not None]
             if len(self._known) > len(states):
@@ -164,11 +168,6 @@ class Records:
     def with_parts(self) -> list[bytes]:
         """The ids of uploads that are made of others, and aren't files yet."""
         return [id for id, state in self.states() if state.named is None and "parts" in state.record]
-
-
-def space_taken(tree: Tree) -> int:
-    """See :meth:`Records.space_taken`."""
-    return Records(tree).space_taken()
 
 
 def held(tree: Tree) -> tuple[int, int]:
@@ -260,8 +259,3 @@ def sweep_orphan(tree: Tree, name: bytes) -> None:
     """Remove bytes without a record."""
     with tree.folder(UPLOAD_FOLDER) as folder, suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
-
-
-def sweep(tree: Tree) -> int:
-    """See :meth:`Records.sweep`."""
-    return Records(tree).sweep()
